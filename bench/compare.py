@@ -1,0 +1,213 @@
+"""A yardstick: how fast a server does the everyday things, side by side with others, in one run.
+
+    python bench/compare.py [--rounds N] [NAME=COMMAND ...]
+
+Without words it takes this machine without a server (`local`), `execenv serve`, and `codex exec-server` if
+there is one: where EXECENV_CODEX says, on PATH, or where the interop tests put it. A COMMAND prints its
+ws:// URL on a line of its own. They take turns, and the table shows medians. The last columns say how many
+times better `execenv` is than the other servers: above 1 is ahead, whatever the unit. Below 1.3 it may be
+noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+
+import trio
+
+from execenv import Environment, open_environment
+
+MIB = 1 << 20
+LOCAL, OURS = "local", "execenv"
+
+Measure = Callable[[str], Awaitable[float]]
+
+
+async def _seconds_each(action: Callable[[], Awaitable[object]], count: int) -> float:
+    began = perf_counter()
+    for _ in range(count):
+        await action()
+    return (perf_counter() - began) / count
+
+
+async def connect(target: str) -> float:
+    """Milliseconds to open an environment, handshake included, and to leave it."""
+
+    async def once() -> None:
+        async with open_environment(target):
+            pass
+
+    return await _seconds_each(once, 20) * 1e3
+
+
+async def spawn(target: str) -> float:
+    """Milliseconds of `/bin/true` from its start to its end, one after another."""
+    async with open_environment(target) as env:
+        return await _seconds_each(partial(env.run, ["/bin/true"]), 100) * 1e3
+
+
+async def spawn_at_once(target: str) -> float:
+    """Runs of `/bin/true` per second, 16 at a time."""
+    async with open_environment(target) as env:
+
+        async def some() -> None:
+            for _ in range(12):
+                await env.run(["/bin/true"])
+
+        began = perf_counter()
+        async with trio.open_nursery() as nursery:
+            for _ in range(16):
+                nursery.start_soon(some)
+        return 16 * 12 / (perf_counter() - began)
+
+
+async def echo(target: str) -> float:
+    """Milliseconds for a line to a running `cat` and back."""
+    async with open_environment(target) as env, env.open_process(["cat"], stdin=True) as process:
+
+        async def there_and_back() -> None:
+            assert process.stdin is not None
+            await process.stdin.send_all(b"a line\n")
+            await process.stdout.receive_some()
+
+        await there_and_back()
+        return await _seconds_each(there_and_back, 300) * 1e3
+
+
+async def output(target: str) -> float:
+    """MiB per second of output that a program writes as fast as it can."""
+    size = 64 * MIB
+    async with open_environment(target) as env:
+        began = perf_counter()
+        async with env.open_process(["head", "-c", str(size), "/dev/zero"]) as process:
+            received = 0
+            async for chunk in process:
+                received += len(chunk.data)
+        if received != size:
+            raise RuntimeError(f"{size - received} bytes of output are missing")
+        return size / MIB / (perf_counter() - began)
+
+
+async def rpc(target: str) -> float:
+    """Calls per second, one after another."""
+    async with open_environment(target) as env:
+        return 1 / await _seconds_each(env.status, 500)
+
+
+async def rpc_pipelined(target: str) -> float:
+    """Calls per second, 64 under way at a time."""
+    async with open_environment(target) as env:
+
+        async def some() -> None:
+            for _ in range(40):
+                await env.status()
+
+        began = perf_counter()
+        async with trio.open_nursery() as nursery:
+            for _ in range(64):
+                nursery.start_soon(some)
+        return 64 * 40 / (perf_counter() - began)
+
+
+MEASURES: tuple[tuple[str, Measure, str], ...] = (
+    ("connect and leave", connect, "ms"),
+    ("run /bin/true", spawn, "ms"),
+    ("run /bin/true, 16 at once", spawn_at_once, "op/s"),
+    ("a line to cat and back", echo, "ms"),
+    ("output", output, "MiB/s"),
+    ("call", rpc, "op/s"),
+    ("call, 64 at once", rpc_pipelined, "op/s"),
+)
+
+
+def find_codex() -> str | None:
+    """A released codex: the one that is named, that of PATH, or the newest that the tests installed."""
+    named = os.environ.get("EXECENV_CODEX") or shutil.which("codex")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    installed = sorted(cache.glob("execenv/codex-*/node_modules/.bin/codex"))
+    return named or (str(installed[-1]) if installed else None)
+
+
+def default_commands() -> dict[str, str]:
+    """The servers to compare if none are named."""
+    commands = {OURS: shlex.join([sys.executable, "-m", "execenv", "serve"])}
+    codex = find_codex()
+    if codex is not None:
+        commands["codex"] = shlex.join([codex, "exec-server", "--listen", "ws://127.0.0.1:0"])
+    return commands
+
+
+@asynccontextmanager
+async def open_server(env: Environment, command: str, home: str) -> AsyncIterator[str]:
+    """Run a server; its URL."""
+    async with env.open_process(shlex.split(command), extra_env={"CODEX_HOME": home}) as process:
+        printed = b""
+        while not (b"ws://" in printed and printed.endswith(b"\n")):
+            data = await process.stdout.receive_some()
+            if not data:
+                raise RuntimeError(f"no ws:// URL on the output of: {command}")
+            printed += data
+        yield "ws://" + printed.decode().partition("ws://")[2].split()[0]
+
+
+async def measure_all(targets: Mapping[str, str], rounds: int) -> dict[tuple[str, str], float]:
+    """The median of each measure for each target."""
+    samples: dict[tuple[str, str], list[float]] = {}
+    for _ in range(rounds):
+        for title, measure, _unit in MEASURES:
+            for name, target in targets.items():
+                samples.setdefault((title, name), []).append(await measure(target))
+    return {key: statistics.median(values) for key, values in samples.items()}
+
+
+def ratio(ours: float, other: float, unit: str) -> float:
+    """How many times better ours is."""
+    return other / ours if unit == "ms" else ours / other
+
+
+def print_table(names: list[str], medians: Mapping[tuple[str, str], float]) -> None:
+    others = [name for name in names if name not in (LOCAL, OURS)] if OURS in names else []
+    heads = ["", "", *names, *(f"x {name}" for name in others)]
+    rows = [heads]
+    for title, _, unit in MEASURES:
+        values = [medians[title, name] for name in names]
+        ratios = [ratio(medians[title, OURS], medians[title, name], unit) for name in others]
+        rows.append([title, unit, *map(_shown, values), *(f"{value:.2f}" for value in ratios)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        left = [cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)]
+        right = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+        print("  ".join(left + right).rstrip())
+
+
+def _shown(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+
+
+async def main(commands: Mapping[str, str], rounds: int) -> None:
+    targets = {LOCAL: "local"}
+    with tempfile.TemporaryDirectory() as home:
+        async with open_environment("local") as env, AsyncExitStack() as stack:
+            for name, command in commands.items():
+                targets[name] = await stack.enter_async_context(open_server(env, command, home))
+            print_table(list(targets), await measure_all(targets, rounds))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3, help="turns for each server (3)")
+    parser.add_argument("servers", nargs="*", metavar="NAME=COMMAND")
+    options = parser.parse_args()
+    named = dict(word.split("=", 1) for word in options.servers)
+    trio.run(main, named or default_commands(), options.rounds)

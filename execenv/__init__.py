@@ -1,0 +1,108 @@
+"""One structured-concurrency API for the places where work runs.
+
+Open an environment, run programs in it, leave it:
+
+    import execenv, trio
+
+    async def main():
+        async with execenv.open_environment("local") as env:
+            done = await env.run(["uname", "-a"])
+            print(done.stdout.decode())
+
+    trio.run(main)
+
+The map of the package: `open.py` opens a target, `environment.py` and `process.py` are what programs use,
+`abc.py` is what every kind of environment implements, in `local/` and `remote/`; `server/` offers one to
+others. `rpc.py`, `codec.py` and `protocol.py` are the wire, `transports/` carries it. `errors.py` has every
+exception.
+
+Names are imported when they are first used, so that `import execenv` is cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from execenv._version import __version__
+
+if TYPE_CHECKING:
+    from execenv.abc import KillReceipt, Output, Survivor
+    from execenv.environment import CapturedOutput, CompletedProcess, Environment, captured_output
+    from execenv.errors import (
+        ConnectFailed,
+        ConnectionLost,
+        ExecenvError,
+        NotSupported,
+        OutputGap,
+        ProcessFailed,
+        ProcessNotStarted,
+        ProtocolViolation,
+        RpcError,
+        UsageError,
+    )
+    from execenv.open import open_environment
+    from execenv.paths import PathUri
+    from execenv.process import Process
+    from execenv.protocol import EnvironmentInfo, EnvPolicy
+
+_WHERE = {
+    "abc": ("KillReceipt", "Output", "Survivor"),
+    "environment": ("CapturedOutput", "CompletedProcess", "Environment", "captured_output"),
+    "errors": (
+        "ConnectFailed",
+        "ConnectionLost",
+        "ExecenvError",
+        "NotSupported",
+        "OutputGap",
+        "ProcessFailed",
+        "ProcessNotStarted",
+        "ProtocolViolation",
+        "RpcError",
+        "UsageError",
+    ),
+    "open": ("open_environment",),
+    "paths": ("PathUri",),
+    "process": ("Process",),
+    "protocol": ("EnvPolicy", "EnvironmentInfo"),
+}
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+
+__all__ = [  # noqa: RUF022 - in the order of _WHERE
+    "__version__",
+    "KillReceipt",
+    "Output",
+    "Survivor",
+    "CapturedOutput",
+    "CompletedProcess",
+    "Environment",
+    "captured_output",
+    "ConnectFailed",
+    "ConnectionLost",
+    "ExecenvError",
+    "NotSupported",
+    "OutputGap",
+    "ProcessFailed",
+    "ProcessNotStarted",
+    "ProtocolViolation",
+    "RpcError",
+    "UsageError",
+    "open_environment",
+    "PathUri",
+    "Process",
+    "EnvPolicy",
+    "EnvironmentInfo",
+]
+
+
+def __getattr__(name: str) -> object:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'execenv' has no attribute {name!r}")
+    value = getattr(import_module(f"execenv.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,5 @@
+"""`python -m execenv`."""
+
+from execenv.cli import main
+
+main()

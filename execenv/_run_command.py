@@ -1,0 +1,182 @@
+"""`execenv run`: a process of some environment, joined to our own stdin, stdout, stderr and signals."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import termios
+import tty
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import trio
+from attrs import frozen
+
+from execenv._service import open_nursery
+from execenv.environment import Environment
+from execenv.errors import NotSupported, OutputGap, ProcessNotStarted
+from execenv.open import open_environment
+from execenv.process import Process
+
+NOT_FOUND, NOT_EXECUTABLE = 127, 126
+PIECE = 4096  # PIPE_BUF: what a pipe that is writable takes without blocking
+READ_SIZE = 64 * 1024
+
+
+@frozen
+class Job:
+    """What the command line asked for."""
+
+    target: str | Sequence[str]
+    token: str | None
+    argv: tuple[str, ...]
+    tty: bool
+    cwd: str | None
+    extra_env: dict[str, str]
+
+
+async def run_job(job: Job) -> int:
+    """Run it; the exit status for our own process."""
+    async with open_environment(job.target, bearer_token=job.token) as environment:
+        try:
+            return await _run(environment, job)
+        except ProcessNotStarted as error:
+            print(f"execenv: {' '.join(str(error).split())}", file=sys.stderr)
+            if "os error 2)" in error.reason or "No viable candidates" in error.reason:
+                return NOT_FOUND
+            return NOT_EXECUTABLE
+        except BrokenPipeError:  # whoever reads our output has seen enough
+            return 128 + signal.SIGPIPE
+
+
+async def _run(environment: Environment, job: Job) -> int:
+    can_end_stdin = environment.name == "local" or (await environment.info()).capabilities.get(
+        "processCloseStdin", False
+    )
+    whole: bytes | None = None
+    if not job.tty and not can_end_stdin:
+        # This server cannot be told of the end of stdin, but it can be given one of a known length.
+        whole = b"" if os.isatty(0) else b"".join([piece async for piece in _pieces(0)])
+    extra_env = dict(job.extra_env)
+    if job.tty:
+        extra_env.setdefault("TERM", os.environ.get("TERM", "dumb"))
+    status: int | None = None  # stays so if a signal ended us
+    async with environment.open_process(
+        job.argv,
+        stdin=whole is None or bool(whole),
+        cwd=job.cwd,
+        extra_env=extra_env,
+        tty=job.tty,
+        _input_size=len(whole) if whole else None,
+    ) as process:
+        with _raw_terminal(job.tty), trio.open_signal_receiver(*_SIGNALS) as signals:
+            async with open_nursery() as nursery:
+                nursery.start_soon(_forward_signals, signals, process, nursery.cancel_scope)
+                if job.tty and os.isatty(0):
+                    await _adopt_size(process)
+                if whole is not None:
+                    nursery.start_soon(_send, process, whole)
+                else:
+                    nursery.start_soon(_forward_stdin, process)
+                await _forward_output(process)
+                status = await process.wait()
+                nursery.cancel_scope.cancel()
+    return 128 + signal.SIGTERM if status is None else status
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGWINCH)
+
+
+async def _forward_signals(
+    signals: AsyncIterator[int], process: Process, everything: trio.CancelScope
+) -> None:
+    interrupted = False
+    async for signum in signals:
+        if signum == signal.SIGWINCH:
+            await _adopt_size(process)
+        elif signum != signal.SIGINT:
+            everything.cancel()
+        elif interrupted:
+            await process.kill()
+        else:
+            interrupted = True
+            await process.interrupt()
+
+
+async def _adopt_size(process: Process) -> None:
+    with suppress(OSError, NotSupported):
+        size = os.get_terminal_size(0)
+        await process.resize(size.lines, size.columns)
+
+
+async def _forward_stdin(process: Process) -> None:
+    assert process.stdin is not None
+    with suppress(trio.BrokenResourceError):
+        async for piece in _pieces(0):
+            await process.stdin.send_all(piece)
+        await process.stdin.aclose()
+
+
+async def _send(process: Process, data: bytes) -> None:
+    if process.stdin is not None and data:
+        with suppress(trio.BrokenResourceError):
+            await process.stdin.send_all(data)
+            await process.stdin.aclose()
+
+
+async def _pieces(fd: int) -> AsyncIterator[bytes]:
+    """What can be read from a descriptor that is left blocking: others may share it with us."""
+    while True:
+        await _ready(trio.lowlevel.wait_readable, fd)
+        try:
+            piece = os.read(fd, READ_SIZE)
+        except OSError as error:
+            if error.errno == errno.EAGAIN:
+                continue
+            return
+        if not piece:
+            return
+        yield piece
+
+
+async def _forward_output(process: Process) -> None:
+    while True:
+        try:
+            async for chunk in process:
+                await _write(2 if chunk.stream == "stderr" else 1, chunk.data)
+            return
+        except OutputGap as gap:
+            print(f"execenv: {gap}", file=sys.stderr)
+
+
+async def _write(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        await _ready(trio.lowlevel.wait_writable, fd)
+        try:
+            view = view[os.write(fd, view[:PIECE]) :]
+        except BlockingIOError:
+            continue
+
+
+async def _ready(wait, fd: int) -> None:  # type: ignore[no-untyped-def]
+    try:
+        await wait(fd)
+    except PermissionError:  # a regular file is always ready, and epoll refuses to say so
+        await trio.lowlevel.checkpoint()
+
+
+@contextmanager
+def _raw_terminal(wanted: bool) -> Iterator[None]:
+    """Every key goes to the program; the terminal is as it was when the block is left."""
+    if not wanted or not os.isatty(0):
+        yield
+        return
+    before = termios.tcgetattr(0)
+    tty.setraw(0)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, before)

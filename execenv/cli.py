@@ -1,0 +1,372 @@
+"""The command line: `execenv serve` and `execenv run`.
+
+Imports nothing that takes long: `serve` prints its URL before Trio is imported, and clients that connect
+meanwhile wait in the kernel's queue.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from execenv._version import __version__
+
+if TYPE_CHECKING:
+    from execenv.server.auth import Authenticator
+
+OUR_FAILURE = 125  # as env, docker run and timeout have it: the command itself never ran
+
+EPILOG_RUN = """
+\b
+Examples:
+  execenv run -- make test
+  execenv run --env ws://127.0.0.1:8765 --cwd /src -- pytest -x
+  execenv run --env "ssh devbox execenv serve --listen stdio" --tty -- bash
+"""
+
+EPILOG_SERVE = """
+\b
+Examples:
+  execenv serve                                  a free port on loopback; the URL is printed
+  execenv serve --listen stdio                   on stdin and stdout, for ssh, docker exec, kubectl exec
+  execenv serve --listen ws://0.0.0.0:8765 \\
+      --ws-auth capability-token --ws-token-file token
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit. Errors are one line on stderr; `--debug` shows where they came from."""
+    _open_standard_streams()
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words[: words.index("--")] if "--" in words else "--debug" in words
+    try:
+        status = cli.main(args=words, prog_name="execenv", standalone_mode=False)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except click.ClickException as error:
+        hint = ""
+        if isinstance(error, click.UsageError):
+            hint = f" (see {error.ctx.command_path if error.ctx else 'execenv'} --help)"
+        click.echo(f"execenv: {' '.join(error.format_message().split())}{hint}", err=True)
+        sys.exit(OUR_FAILURE if words[:1] == ["run"] else error.exit_code)
+    except (Exception, BaseExceptionGroup) as error:
+        if debug:
+            raise
+        if isinstance(error, BaseExceptionGroup) and error.subgroup(KeyboardInterrupt):
+            sys.exit(130)
+        click.echo(f"execenv: {_one_line(error)}", err=True)
+        sys.exit(OUR_FAILURE if words[:1] == ["run"] else 1)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _open_standard_streams() -> None:
+    """Give what was closed to /dev/null, or the next descriptor opened would be taken for it."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free, hence this one
+
+
+def _one_line(error: BaseException) -> str:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    text = " ".join(str(error).split()) or type(error).__name__
+    from execenv.errors import ExecenvError
+
+    if isinstance(error, ExecenvError | OSError):
+        return text
+    return f"internal error: {type(error).__name__}: {text} (run again with --debug to see where)"
+
+
+def _debug_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--debug", is_flag=True, help="Log everything to stderr, and show tracebacks.")(
+        function
+    )
+
+
+def _log_to_stderr(debug: bool) -> None:
+    import logging
+
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.DEBUG if debug else logging.WARNING,
+        format="execenv: %(levelname)s %(name)s: %(message)s",
+    )
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="execenv")
+def cli() -> None:
+    """Run programs in the places where work runs: here, in a container, on another machine.
+
+    A place is an environment. Each one is reached in the same way, and whatever ends here, by Ctrl-C or
+    otherwise, ends there too, with everything that it started.
+    """
+
+
+@cli.command(epilog=EPILOG_SERVE)
+@click.option(
+    "--listen",
+    default="ws://127.0.0.1:0",
+    show_default=True,
+    metavar="ws://IP:PORT|stdio",
+    help="Where to serve. Port 0 takes a free one.",
+)
+@click.option(
+    "--ws-auth",
+    type=click.Choice(["capability-token", "signed-bearer-token"]),
+    help="What a websocket client has to show. Required unless the address is loopback.",
+)
+@click.option("--ws-token-file", metavar="PATH", help="capability-token: the file that holds the token.")
+@click.option("--ws-token-sha256", metavar="HEX", help="capability-token: the SHA-256 of the token instead.")
+@click.option(
+    "--ws-shared-secret-file", metavar="PATH", help="signed-bearer-token: the HS256 secret, 32 bytes or more."
+)
+@click.option("--ws-issuer", metavar="ISS", help="signed-bearer-token: the issuer that a token must have.")
+@click.option(
+    "--ws-audience", metavar="AUD", help="signed-bearer-token: the audience that a token must have."
+)
+@click.option(
+    "--ws-max-clock-skew-seconds",
+    type=click.FloatRange(min=0),
+    metavar="SECONDS",
+    help="signed-bearer-token: how far clocks may be apart (30).",
+)
+@click.option(
+    "--detached-ttl",
+    default="80",
+    show_default=True,
+    metavar="SECONDS|never",
+    help="How long a session waits for its client to come back.",
+)
+@click.option(
+    "--max-message",
+    type=click.IntRange(min=1024),
+    default=64 * 1024 * 1024,
+    show_default=True,
+    metavar="BYTES",
+    help="The largest message taken from a client.",
+)
+@click.option(
+    "--retain",
+    type=click.IntRange(min=0),
+    default=1024 * 1024,
+    show_default=True,
+    metavar="BYTES",
+    help="How much output of each process is kept for a client that comes back.",
+)
+@_debug_option
+def serve(
+    listen: str,
+    ws_auth: str | None,
+    ws_token_file: str | None,
+    ws_token_sha256: str | None,
+    ws_shared_secret_file: str | None,
+    ws_issuer: str | None,
+    ws_audience: str | None,
+    ws_max_clock_skew_seconds: float | None,
+    detached_ttl: str,
+    max_message: int,
+    retain: int,
+    debug: bool,
+) -> None:
+    """Offer this machine to clients of the exec-server protocol, such as execenv itself and codex.
+
+    With a websocket the first line on stdout is its URL. SIGTERM and SIGINT end the server and all
+    processes that it started.
+    """
+    # Until Trio has its own handlers a signal ends us here; nothing was started yet.
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: os._exit(0))
+    ttl = _seconds(detached_ttl, "--detached-ttl")
+    auth_options = {
+        "token_file": ws_token_file,
+        "token_sha256": ws_token_sha256,
+        "shared_secret_file": ws_shared_secret_file,
+        "issuer": ws_issuer,
+        "audience": ws_audience,
+        "clock_skew": ws_max_clock_skew_seconds,
+    }
+    wants_auth = ws_auth is not None or any(value is not None for value in auth_options.values())
+    if listen in ("stdio", "stdio://"):
+        if wants_auth:
+            raise click.ClickException("--ws-* options are for websockets: stdio has whoever started it")
+        _run_server(debug, "serve_stdio", max_message=max_message, retained_bytes=retain)
+        return
+    host, port = _listen_address(listen)
+    auth = _authenticator(ws_auth, auth_options) if wants_auth else None
+    if auth is None and not _is_loopback(host):
+        raise click.ClickException(
+            f"{host} can be reached from other machines, and whoever reaches it can run anything here: "
+            "add --ws-auth capability-token --ws-token-file PATH, or listen on 127.0.0.1"
+        )
+    sock = _bound_socket(host, port)
+    bound = sock.getsockname()
+    shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
+    click.echo(f"ws://{shown}:{bound[1]}")
+    _run_server(
+        debug,
+        "serve_websocket",
+        sock,
+        auth=auth,
+        max_message=max_message,
+        detached_ttl=ttl,
+        retained_bytes=retain,
+    )
+
+
+def _run_server(debug: bool, name: str, *args: Any, **options: Any) -> None:
+    import gc
+    from functools import partial
+
+    import trio
+
+    from execenv import server
+
+    _log_to_stderr(debug)
+    gc.freeze()  # what is imported now stays: the collector need not look at it again
+    serve_it = partial(getattr(server, name), *args, whole_program=True, **options)
+    trio.run(server.run_until_signalled, serve_it)
+
+
+def _authenticator(mode: str | None, options: dict[str, Any]) -> Authenticator | None:
+    from execenv.errors import UsageError
+    from execenv.server.auth import authenticator
+
+    try:
+        return authenticator(mode, **options)
+    except UsageError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _seconds(text: str, option: str) -> float:
+    if text == "never":
+        return math.inf
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if math.isnan(seconds) or seconds < 0:
+        raise click.ClickException(f"{option} takes a number of seconds or 'never', not {text!r}")
+    return seconds
+
+
+def _listen_address(listen: str) -> tuple[str, int]:
+    scheme, _, rest = listen.partition("://")
+    host, _, port = rest.rstrip("/").rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if scheme != "ws" or not host or not port.isdecimal() or int(port) > 65535:
+        raise click.ClickException(f"cannot listen on {listen!r}: give ws://IP:PORT or stdio")
+    return ("127.0.0.1" if host == "localhost" else host), int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name may stand for any address
+        return False
+
+
+def _bound_socket(host: str, port: int) -> socket.socket:
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(1024)
+    except (OSError, OverflowError) as error:
+        sock.close()
+        raise click.ClickException(f"cannot listen on ws://{host}:{port}: {error}") from error
+    return sock
+
+
+@cli.command(
+    epilog=EPILOG_RUN, context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False}
+)
+@click.option(
+    "--env",
+    "target",
+    default="local",
+    show_default=True,
+    metavar="TARGET",
+    help="Where: 'local', a ws:// or wss:// URL, or a command that speaks the protocol over stdio.",
+)
+@click.option("--token-file", metavar="PATH", help="The file that holds the bearer token of the URL.")
+@click.option("-t", "--tty", is_flag=True, help="Run it on a terminal, as an interactive program needs it.")
+@click.option("--cwd", metavar="DIR", help="The directory to run in, as the environment names it.")
+@click.option(
+    "-e",
+    "--set-env",
+    "assignments",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Set a variable for the program.",
+)
+@_debug_option
+@click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(
+    target: str,
+    token_file: str | None,
+    tty: bool,
+    cwd: str | None,
+    assignments: tuple[str, ...],
+    debug: bool,
+    argv: tuple[str, ...],
+) -> None:
+    """Run a program in an environment, with its output here as it comes.
+
+    stdin is passed on. The exit status is the program's; 127 if it was not found, 126 if it could not be
+    run, 125 if anything else failed. Ctrl-C interrupts the program, a second one ends it.
+    """
+    import trio
+
+    from execenv import _run_command
+
+    _log_to_stderr(debug)
+    job = _run_command.Job(
+        target=_target(target),
+        token=_token(token_file),
+        argv=argv,
+        tty=tty,
+        cwd=cwd,
+        extra_env=dict(map(_assignment, assignments)),
+    )
+    raise click.exceptions.Exit(trio.run(_run_command.run_job, job))
+
+
+def _target(text: str) -> str | list[str]:
+    if text == "local" or text.startswith(("ws://", "wss://")):
+        return text
+    words = shlex.split(text)
+    if len(words) == 1 and "://" in text:
+        raise click.ClickException(f"{text!r} is no environment: use local, a ws:// URL or a command")
+    if not words:
+        raise click.ClickException("--env is empty: use local, a ws:// URL or a command")
+    return words
+
+
+def _token(path: str | None) -> str | None:
+    if path is None:
+        return os.environ.get("EXECENV_TOKEN") or None
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    except OSError as error:
+        raise click.ClickException(f"cannot read --token-file {path}: {error.strerror}") from error
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise click.ClickException(f"-e takes NAME=VALUE, not {text!r}")
+    return name, value

@@ -1,0 +1,457 @@
+"""The envelope and its contents, from bytes to values and back. No `await` here.
+
+`decode` applies every rule of protocol.md §2 to one message; `structure` and `unstructure` turn the
+contents into the classes of `protocol` by cattrs; the few messages that carry bulk (`process/output`)
+are put together from a template, because that is ten times cheaper than building a dict of them first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
+
+import orjson
+import pybase64
+from attrs import fields, frozen, has
+
+from execenv.errors import InvalidParams
+from execenv.paths import PathUri, PathUriError
+from execenv.protocol import U64, Base64, Unit
+
+if TYPE_CHECKING:
+    from cattrs import Converter
+
+MAX_VALUES = 262_144
+MAX_DEPTH = 127
+CONNECTION_LEVEL_ID = -1
+"""The id of an error about a message that could not be parsed (§2.4)."""
+
+T = TypeVar("T")
+Id = int | str
+Json = Any
+
+
+class MalformedMessage(Exception):
+    """Not a message of the protocol. The text is the detail behind the prefix of §2.4."""
+
+
+@frozen
+class Request:
+    id: Id
+    method: str
+    params: Json
+
+
+@frozen
+class NotificationMessage:
+    method: str
+    params: Json
+
+
+@frozen
+class Response:
+    id: Id
+    result: Json
+
+
+@frozen
+class ErrorMessage:
+    id: Id
+    code: int
+    message: str
+
+
+Message = Request | NotificationMessage | Response | ErrorMessage
+
+
+# Decoding.
+
+
+def decode(data: bytes) -> Message:
+    """One message from its bytes.
+
+    Raises:
+        MalformedMessage: if the bytes are no message, for any reason of §2-§2.1.
+    """
+    if len(data) > 2 * MAX_VALUES:
+        _check_size(data)
+    try:
+        value = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise MalformedMessage(str(error)) from None
+    if type(value) is not dict:
+        raise MalformedMessage("expected a JSON-RPC object")
+    _check_limits(data, value)
+    return _classify(value)
+
+
+def _classify(value: dict[str, Json]) -> Message:
+    # By members, in this order (§2): a stray `result` beside a method is ignored.
+    if "method" in value:
+        method = value["method"]
+        if type(method) is not str:
+            raise MalformedMessage(_wrong_type(method, "a string"))
+        if "id" not in value:
+            return NotificationMessage(method, value.get("params"))
+        trace = value.get("trace")
+        if trace is not None:
+            _check_trace(trace)
+        return Request(_check_id(value["id"]), method, value.get("params"))
+    if "result" in value and "id" in value:
+        return Response(_check_id(value["id"]), value["result"])
+    error = value.get("error")
+    if "error" not in value:
+        raise MalformedMessage("missing field `error`")
+    if type(error) is not dict:
+        raise MalformedMessage(_wrong_type(error, "struct JSONRPCErrorError"))
+    if "id" not in value:
+        raise MalformedMessage("missing field `id`")
+    code, message = error.get("code"), error.get("message")
+    if type(code) is not int or type(message) is not str:
+        raise MalformedMessage("an error needs an integer `code` and a string `message`")
+    return ErrorMessage(_check_id(value["id"]), code, message)
+
+
+def _check_id(value: Json) -> Id:
+    if type(value) is str or (type(value) is int and -(2**63) <= value < 2**63):
+        return value
+    raise MalformedMessage("data did not match any variant of untagged enum RequestId")
+
+
+def _check_trace(trace: Json) -> None:
+    if type(trace) is not dict:
+        raise MalformedMessage(_wrong_type(trace, "struct W3cTraceContext"))
+    for name in ("traceparent", "tracestate"):
+        member = trace.get(name)
+        if member is not None and type(member) is not str:
+            raise MalformedMessage(_wrong_type(member, "a string"))
+
+
+# Possessive, and matches also what is cut off: one pass, no memory, whatever comes.
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.?)*+"?', re.DOTALL)
+
+
+def _check_size(data: bytes) -> None:
+    if data.count(b",") + data.count(b"[") + data.count(b"{") <= MAX_VALUES:
+        return
+    bare = _STRING.sub(b"", data)
+    if max(bare.count(b","), bare.count(b"[") + bare.count(b"{")) > MAX_VALUES:
+        raise MalformedMessage(f"more than {MAX_VALUES} values in one message")
+
+
+def _check_limits(data: bytes, value: dict[str, Json]) -> None:
+    """Repeated keys, nesting and the number of values (§2.1), which orjson does not look at.
+
+    Nearly every message is settled by counting: as many colons as keys were found leaves no room for a
+    repeated key. Only what that cannot settle (colons inside strings) has its strings taken out first.
+    """
+    keys = _count_keys(value, 0)
+    colons = data.count(b":") - data.count(b'"file:')
+    if colons != keys or len(data) > 2 * MAX_VALUES:
+        bare = _STRING.sub(b"", data)
+        if bare.count(b":") != keys:
+            raise MalformedMessage("duplicate field")
+        # Every value but the first follows one of these, or opens a container that is not empty.
+        if bare.count(b",") + bare.count(b":") + bare.count(b"[") > MAX_VALUES:
+            _check_count(value)
+
+
+def _count_keys(value: Json, depth: int) -> int:
+    if depth >= MAX_DEPTH:
+        raise MalformedMessage("recursion limit exceeded")
+    if type(value) is dict:
+        count = len(value)
+        for member in value.values():
+            if type(member) is dict or type(member) is list:
+                count += _count_keys(member, depth + 1)
+        return count
+    count = 0
+    for member in value:
+        if type(member) is dict or type(member) is list:
+            count += _count_keys(member, depth + 1)
+    return count
+
+
+def _check_count(value: Json) -> None:
+    count, left = 0, [value]
+    while left:
+        member = left.pop()
+        count += 1
+        if type(member) is dict:
+            left.extend(member.values())
+        elif type(member) is list:
+            left.extend(member)
+    if count > MAX_VALUES:
+        raise MalformedMessage(f"more than {MAX_VALUES} values in one message")
+
+
+# Encoding.
+
+
+def encode_request(id_: Id, method: str, params: Json) -> bytes:
+    """A request as bytes.
+
+    Raises:
+        InvalidParams: if a string in it cannot be encoded (a lone surrogate).
+    """
+    try:
+        return orjson.dumps({"id": id_, "method": method, "params": params})
+    except orjson.JSONEncodeError as error:
+        raise InvalidParams(f"cannot be sent as JSON: {error}") from error
+
+
+def encode_notification(method: str, params: Json) -> bytes:
+    return orjson.dumps({"method": method, "params": params})
+
+
+def encode_result(id_: Id, result: Json) -> bytes:
+    return orjson.dumps({"id": id_, "result": result})
+
+
+def encode_error(id_: Id, code: int, message: str) -> bytes:
+    try:
+        return orjson.dumps({"error": {"code": code, "message": message}, "id": id_})
+    except orjson.JSONEncodeError:  # a lone surrogate, from a file name that is not UTF-8
+        return encode_error(id_, code, message.encode(errors="replace").decode())
+
+
+class OutputTemplate:
+    """`process/output` of one process as bytes; the same as encoding `ProcessOutputParams`."""
+
+    __slots__ = ("_head",)
+
+    def __init__(self, process_id: str) -> None:
+        self._head = b'{"method":"process/output","params":{"processId":' + orjson.dumps(process_id)
+
+    def encode(self, seq: int, stream: str, chunk: bytes) -> tuple[bytes, bytes, bytes]:
+        """The message in three buffers; the middle one is the base64 of `chunk`."""
+        head = b'%b,"seq":%d,"stream":"%b","chunk":"' % (self._head, seq, stream.encode())
+        return head, pybase64.b64encode(chunk), b'"}}'
+
+
+# Values.
+
+
+def structure(value: Json, cls: type[T]) -> T:
+    """Parameters or a result as the class that `protocol` has for them.
+
+    Raises:
+        InvalidParams: if the value does not fit, with the words of the reference where it has some.
+    """
+    if cls is Unit:
+        return _structure_unit(value, cls)
+    if type(value) is list:
+        value = _by_position(value, cls)
+    elif type(value) is not dict:
+        raise InvalidParams(_wrong_type(value, f"struct {_struct_name(cls)}"))
+    try:
+        return converter().structure(value, cls)
+    except KeyError as error:
+        raise InvalidParams(f"missing field `{error.args[0]}`") from None
+    except PathUriError as error:
+        raise InvalidParams(str(error)) from None
+
+
+def unstructure(value: object) -> Json:
+    """A class of `protocol` as what JSON can hold."""
+    return converter().unstructure(value)
+
+
+def encoded(value: object) -> Json:
+    """The same, encoded once for many messages."""
+    return orjson.Fragment(orjson.dumps(unstructure(value)))
+
+
+def _structure_unit(value: Json, cls: type[T]) -> T:
+    if value is None or value == {}:
+        return cls()
+    raise InvalidParams(_wrong_type(value, "unit"))
+
+
+def _struct_name(cls: type) -> str:
+    return cls.__name__.removeprefix("Process")
+
+
+def _by_position(values: list[Json], cls: type) -> dict[str, Json]:
+    # The reference takes an array of exactly the right length, in the order of declaration (§2).
+    names = [camel(attribute.name) for attribute in fields(cls)]
+    if len(values) != len(names):
+        wanted = f"struct {_struct_name(cls)} with {len(names)} elements"
+        raise InvalidParams(f"invalid length {len(values)}, expected {wanted}")
+    return dict(zip(names, values, strict=True))
+
+
+def camel(name: str) -> str:
+    head, *rest = name.split("_")
+    return head + "".join(word.capitalize() for word in rest)
+
+
+def _wrong_type(value: Json, expected: str) -> str:
+    if value is None:
+        found = "null"
+    elif isinstance(value, bool):
+        found = "boolean"
+    elif isinstance(value, int | float):
+        found = "number"
+    elif isinstance(value, str):
+        found = f'string "{value[:80]}"' if expected == "u64" else "string"
+    else:
+        found = "sequence" if isinstance(value, list) else "map"
+    return f"invalid type: {found}, expected {expected}"
+
+
+def _structure_str(value: Json, _: object) -> str:
+    if type(value) is not str:
+        raise InvalidParams(_wrong_type(value, "a string"))
+    return value
+
+
+def _structure_bool(value: Json, _: object) -> bool:
+    if type(value) is not bool:
+        raise InvalidParams(_wrong_type(value, "a boolean"))
+    return value
+
+
+def _structure_int(value: Json, _: object) -> int:
+    if type(value) is not int:
+        raise InvalidParams(_wrong_type(value, "an integer"))
+    return value
+
+
+def _structure_float(value: Json, _: object) -> float:
+    if type(value) is not int and type(value) is not float:
+        raise InvalidParams(_wrong_type(value, "a number"))
+    return float(value)
+
+
+def _structure_u64(value: Json, _: object) -> U64:
+    if type(value) is int and 0 <= value < 2**64:
+        return U64(value)
+    if type(value) is int or type(value) is float:
+        raise InvalidParams("invalid number")
+    raise InvalidParams(_wrong_type(value, "u64"))
+
+
+def _structure_path(value: Json, _: object) -> PathUri:
+    return PathUri.parse(_structure_str(value, None))
+
+
+def _structure_literal(value: Json, kind: Any) -> Any:
+    _structure_str(value, None)
+    variants = get_args(kind)
+    if value not in variants:
+        known = " or ".join(f"`{variant}`" for variant in variants)
+        raise InvalidParams(f"unknown variant `{value}`, expected {known}")
+    return value
+
+
+def _structure_strings(value: Json, kind: Any) -> tuple[Any, ...]:
+    if type(value) is not list:
+        raise InvalidParams(_wrong_type(value, "a sequence"))
+    item = get_args(kind)[0]
+    if item is str and all(type(member) is str for member in value):
+        return tuple(value)
+    structure_item = converter().get_structure_hook(item)
+    return tuple(structure_item(member, item) for member in value)
+
+
+def _structure_map(value: Json, kind: Any) -> dict[str, Any]:
+    if type(value) is not dict:
+        raise InvalidParams(_wrong_type(value, "a map"))
+    check = _structure_str if get_args(kind)[1] is str else _structure_bool
+    for member in value.values():
+        check(member, None)
+    return value
+
+
+def _structure_base64(value: Json, _: object) -> Base64:
+    return Base64(decode_base64(_structure_str(value, None)))
+
+
+def decode_base64(text: str) -> bytes:
+    """Standard alphabet, padded, no white space, trailing bits zero (§2).
+
+    Raises:
+        InvalidParams: in the words of the reference.
+    """
+    try:
+        data = pybase64.b64decode(text, validate=True)
+    except ValueError:
+        raise InvalidParams(_base64_fault(text)) from None
+    if text.endswith("=") and pybase64.b64encode(data[-1:] if text.endswith("==") else data[-2:]) != (
+        text[-4:].encode()
+    ):
+        at = text.index("=") - 1
+        raise InvalidParams(f"Invalid last symbol {ord(text[at])}, offset {at}.")
+    return data
+
+
+_SYMBOLS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")
+
+
+def _base64_fault(text: str) -> str:
+    found = re.search(r"[^A-Za-z0-9+/=]", text)
+    if found:
+        return f"Invalid symbol {ord(found[0])}, offset {found.start()}."
+    first = text.find("=")
+    if first >= 0 and text[first:].strip("="):
+        return f"Invalid symbol {ord('=')}, offset {first}."
+    return "Invalid padding"
+
+
+def _is_generic(generic: object, kind: Any) -> bool:
+    return get_origin(kind) is generic
+
+
+@cache
+def converter() -> Converter:
+    """The one converter. Made at its first use: cattrs takes 10 ms to import."""
+    from cattrs import Converter
+    from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
+
+    conv = Converter(detailed_validation=False)
+
+    def overrides(cls: type) -> dict[str, Any]:
+        return {
+            attribute.name: override(
+                rename=camel(attribute.name),
+                omit_if_default=bool(attribute.metadata.get("omit_default")),
+            )
+            for attribute in fields(cls)
+        }
+
+    def structure_factory(cls: type) -> Any:
+        generated: Callable[[Json, Any], Any] = make_dict_structure_fn(cls, conv, **overrides(cls))
+
+        def checked(value: Json, kind: type) -> Any:
+            if type(value) is not dict:
+                raise InvalidParams(_wrong_type(value, f"struct {_struct_name(cls)}"))
+            return generated(value, kind)
+
+        return checked
+
+    conv.register_structure_hook_factory(has, structure_factory)
+    conv.register_unstructure_hook_factory(
+        has,
+        lambda cls: make_dict_unstructure_fn(cls, conv, **overrides(cls)),
+    )
+    for generic, hook in (
+        (Literal, _structure_literal),
+        (tuple, _structure_strings),
+        (dict, _structure_map),
+    ):
+        conv.register_structure_hook_func(partial(_is_generic, generic), hook)
+    conv.register_structure_hook(str, _structure_str)
+    conv.register_structure_hook(bool, _structure_bool)
+    conv.register_structure_hook(int, _structure_int)
+    conv.register_structure_hook(float, _structure_float)
+    conv.register_structure_hook_func(lambda kind: kind is U64, _structure_u64)
+    conv.register_structure_hook_func(lambda kind: kind is Base64, _structure_base64)
+    conv.register_structure_hook_func(lambda kind: kind is PathUri, _structure_path)
+    conv.register_unstructure_hook(PathUri, lambda path: path.uri)
+    conv.register_unstructure_hook_func(
+        lambda kind: kind is Base64, lambda data: pybase64.b64encode_as_string(data)
+    )
+    return conv

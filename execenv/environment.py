@@ -1,0 +1,368 @@
+"""Environments as programs use them: open one, run things in it, leave it, and nothing of it is left.
+
+async with execenv.open_environment("ws://127.0.0.1:8765") as env:
+    done = await env.run(["make", "test"], cwd="/src")
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from itertools import count
+
+import trio
+from attrs import Factory, define, frozen
+
+from execenv._service import open_nursery
+from execenv.abc import EnvironmentBackend, KillReceipt
+from execenv.errors import (
+    ConnectionLost,
+    ExecenvError,
+    NotSupported,
+    OutputGap,
+    ProcessFailed,
+    ProcessNotStarted,
+    RpcError,
+    UsageError,
+)
+from execenv.paths import PathUri, PathUriError
+from execenv.process import Inbox, Process
+from execenv.protocol import EnvironmentInfo, EnvPolicy, ProcessStartParams
+
+TERMINATE_DEADLINE = 15.0
+"""Seconds that leaving a block waits for the environment to end a process, when nothing else does."""
+
+INHERIT_ALL = EnvPolicy("all", True, (), {}, ())
+
+
+@frozen
+class CompletedProcess:
+    """What `Environment.run` gives back.
+
+    Attributes:
+        argv: the program and its arguments.
+        returncode: 0-255; death by signal n is 128 + n.
+        stdout, stderr: what was captured, or `None` with `capture=False`. A terminal has only `stdout`.
+        receipt: what had to be ended when the program had ended (descendants that it left behind).
+    """
+
+    argv: tuple[str, ...]
+    returncode: int
+    stdout: bytes | None
+    stderr: bytes | None
+    receipt: KillReceipt | None = None
+
+
+@define
+class CapturedOutput:
+    """Output as it is collected. Pass one to `run` to have it also when `run` does not return.
+
+    output = CapturedOutput()
+    with trio.move_on_after(10):
+        await env.run(["make"], capture=output)
+    print(output.stdout)
+    """
+
+    stdout: bytearray = Factory(bytearray)
+    stderr: bytearray = Factory(bytearray)
+
+
+def captured_output(error: BaseException) -> CapturedOutput | None:
+    """What a `run` that ended with `error` had captured until then; `None` if `error` came from no `run`.
+
+    Works for every exception that comes out of `run`, cancellation included, also inside a group.
+    """
+    found = getattr(error, "captured_output", None)
+    if isinstance(found, CapturedOutput):
+        return found
+    nested = (
+        error.exceptions if isinstance(error, BaseExceptionGroup) else (error.__cause__, error.__context__)
+    )
+    for inner in nested:
+        if inner is not None and (found := captured_output(inner)) is not None:
+            return found
+    return None
+
+
+class Environment:
+    """A place where work runs. Got from `open_environment`.
+
+    Attributes:
+        name: for messages, such as `local` or `websocket ws://127.0.0.1:8765/`.
+    """
+
+    def __init__(self, backend: EnvironmentBackend) -> None:
+        self.name = backend.name
+        self._backend = backend
+        self._numbers = count(1)
+        self._token = os.urandom(4).hex()
+
+    def __repr__(self) -> str:
+        return f"<execenv.Environment {self.name}>"
+
+    @property
+    def session_id(self) -> str | None:
+        """The session on the server, to resume it with; a secret. `None` where there is none (local)."""
+        return getattr(self._backend, "session_id", None)
+
+    async def info(self) -> EnvironmentInfo:
+        """Shell, working directory and what else the environment says of itself."""
+        return await self._backend.info()
+
+    async def status(self) -> str:
+        """`"ready"` when the environment answers and can run things."""
+        return await self._backend.status()
+
+    async def run(
+        self,
+        argv: Sequence[str],
+        *,
+        input: bytes | None = None,  # noqa: A002 - the name that subprocess has for it
+        capture: bool | CapturedOutput = True,
+        check: bool = True,
+        cwd: str | os.PathLike[str] | PathUri | None = None,
+        env: Mapping[str, str] | None = None,
+        extra_env: Mapping[str, str] | None = None,
+        env_policy: EnvPolicy | None = None,
+        tty: bool = False,
+        arg0: str | None = None,
+        allow_gaps: bool = False,
+    ) -> CompletedProcess:
+        """Run a program to its end, as `trio.run_process` does here.
+
+        **Input**: `input` is all that the program can read; then, and with `None`, stdin is at end of file.
+        **Output**: with `capture`, what it writes is in the result. All of it: `run` returns when the
+        program has ended *and* nobody has its output open any more.
+        **Error checking**: with `check`, a status other than 0 raises `ProcessFailed`.
+        **Cancellation**: ends the program and everything it started, then raises `trio.Cancelled`. What was
+        captured until then is in `capture`, if that is a `CapturedOutput`, and at `captured_output(error)`.
+
+        Args:
+            argv: program and arguments. No shell is involved.
+            cwd: the environment's own working directory if `None`.
+            env: the complete environment, if given. Else that of the environment.
+            extra_env: laid over it.
+            env_policy: how to make it from the environment's own variables instead.
+            tty: run it on a terminal, which merges stdout and stderr.
+            arg0: what the program sees as its own name.
+            allow_gaps: go on when output was lost for good; without it that raises `OutputGap`.
+
+        Raises:
+            ProcessNotStarted: if it could not be started, with the reason as `__cause__`.
+            ProcessFailed: see `check`.
+            OutputGap: if the environment lost output before it could be fetched.
+            ConnectionLost: if the environment was lost.
+        """
+        wanted = isinstance(capture, CapturedOutput) or capture
+        output = capture if isinstance(capture, CapturedOutput) else CapturedOutput()
+        process: Process | None = None
+        try:
+            async with self.open_process(
+                argv,
+                stdin=bool(input),
+                cwd=cwd,
+                env=env,
+                extra_env=extra_env,
+                env_policy=env_policy,
+                tty=tty,
+                arg0=arg0,
+                _input_size=len(input) if input else None,
+            ) as process:
+                if tty and not input:
+                    assert process.stdin is not None
+                    await process.stdin.aclose()
+                if input:
+                    async with open_nursery() as nursery:
+                        nursery.start_soon(_feed, process, input)
+                        await _collect(process, output if wanted else None, allow_gaps)
+                        nursery.cancel_scope.cancel()  # it has ended without reading its input
+                else:
+                    await _collect(process, output if wanted else None, allow_gaps)
+                returncode = await process.wait()
+        except BaseException as error:
+            if process is not None:
+                error.captured_output = output  # type: ignore[attr-defined]
+            raise
+        stdout = bytes(output.stdout) if wanted else None
+        stderr = bytes(output.stderr) if wanted else None
+        if check and returncode:
+            failed = ProcessFailed(process.argv, self.name, returncode, stdout, stderr, process.receipt)
+            failed.captured_output = output  # type: ignore[attr-defined]
+            raise failed
+        return CompletedProcess(process.argv, returncode, stdout, stderr, process.receipt)
+
+    @asynccontextmanager
+    async def open_process(
+        self,
+        argv: Sequence[str],
+        *,
+        stdin: bool = False,
+        cwd: str | os.PathLike[str] | PathUri | None = None,
+        env: Mapping[str, str] | None = None,
+        extra_env: Mapping[str, str] | None = None,
+        env_policy: EnvPolicy | None = None,
+        tty: bool = False,
+        arg0: str | None = None,
+        _input_size: int | None = None,
+    ) -> AsyncIterator[Process]:
+        """Start a program and work with it while it runs. The arguments are those of `run`, and `stdin`.
+
+        Leaving the block, by cancellation too, ends the program and everything that it started, here or
+        there; `process.receipt` says what that took. Call `process.wait()` first to let it finish.
+
+        Args:
+            stdin: open a pipe to the program's stdin; without it stdin is at end of file. A terminal's
+                stdin is always open.
+
+        Raises:
+            ProcessNotStarted: if it could not be started, with the reason as `__cause__`.
+        """
+        process = await self._start(
+            argv, stdin, cwd, env, extra_env, env_policy, tty, arg0, input_size=_input_size
+        )
+        try:
+            yield process
+        except BaseException:
+            await self._end(process, body_failed=True)
+            raise
+        await self._end(process, body_failed=False)
+
+    async def start_detached(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        cwd: str | os.PathLike[str] | PathUri | None = None,
+        env: Mapping[str, str] | None = None,
+        extra_env: Mapping[str, str] | None = None,
+        env_policy: EnvPolicy | None = None,
+        tty: bool = False,
+        stdin: bool = False,
+    ) -> None:
+        """Start a program that is to outlive the block that starts it, under a name to find it by.
+
+        It ends with its environment: a local one when `open_environment` is left, one on a server when its
+        session ends. `attach` gives access to it; only `kill` or `terminate` there end it before.
+
+        Raises:
+            ProcessNotStarted: as `open_process`; also if the name is taken.
+        """
+        await self._start(argv, stdin, cwd, env, extra_env, env_policy, tty, None, detached_as=name)
+
+    @asynccontextmanager
+    async def attach(self, name: str, *, stdin: bool = False, tty: bool = False) -> AsyncIterator[Process]:
+        """Work with a program that `start_detached` started. Leaving the block leaves it running.
+
+        Its output is delivered from the beginning, or from what is retained, with `OutputGap` for the rest.
+
+        Args:
+            stdin: whether to write to it; it must have been started with `stdin`, or on a terminal.
+            tty: whether it was started on a terminal, as far as its input and its size are concerned.
+
+        Raises:
+            InvalidRequest: if there is no process of that name.
+        """
+        backend = await self._backend.processes.attach(name)
+        inbox = Inbox()
+        backend.subscribe(inbox, history=True)
+        try:
+            yield Process(backend, inbox, (name,), self.name, stdin=stdin, tty=tty)
+        finally:
+            backend.unsubscribe(inbox)
+            inbox.abandon()
+
+    async def _start(
+        self,
+        argv: Sequence[str],
+        stdin: bool,
+        cwd: str | os.PathLike[str] | PathUri | None,
+        env: Mapping[str, str] | None,
+        extra_env: Mapping[str, str] | None,
+        env_policy: EnvPolicy | None,
+        tty: bool,
+        arg0: str | None,
+        *,
+        detached_as: str | None = None,
+        input_size: int | None = None,
+    ) -> Process:
+        words = _checked_argv(argv)
+        if env is not None and env_policy is not None:
+            raise UsageError("env is the complete environment: give either env or env_policy")
+        try:
+            where = await self._cwd(cwd)
+            params = ProcessStartParams(
+                process_id=f"{self._token}-{next(self._numbers)}" if detached_as is None else detached_as,
+                argv=words,
+                cwd=where,
+                env={**(env or {}), **(extra_env or {})},
+                tty=tty,
+                env_policy=env_policy or (INHERIT_ALL if env is None else None),
+                pipe_stdin=stdin and not tty,
+                arg0=arg0,
+            )
+            inbox = Inbox()
+            sink = inbox if detached_as is None else None  # detached, it must not wait for a reader
+            backend = await self._backend.processes.start(params, sink, input_size=input_size)
+        except (RpcError, NotSupported, PathUriError) as error:
+            raise ProcessNotStarted(words[0], self.name, str(error)) from error
+        return Process(backend, inbox, words, self.name, stdin=stdin or tty, tty=tty)
+
+    async def _cwd(self, cwd: str | os.PathLike[str] | PathUri | None) -> PathUri:
+        if isinstance(cwd, PathUri):
+            return cwd
+        if cwd is not None:
+            return PathUri.parse(os.fspath(cwd))
+        info = await self.info()
+        return info.cwd or PathUri.parse("file:///")
+
+    async def _end(self, process: Process, *, body_failed: bool) -> None:
+        backend, inbox = process._backend, process._inbox
+        try:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + TERMINATE_DEADLINE) as scope:
+                termination = await backend.terminate()
+                process.receipt = termination.receipt
+            if scope.cancelled_caught and not body_failed:
+                raise ConnectionLost(f"{self.name} did not confirm the end of {process.argv[0]!r}")
+        except (ExecenvError, OSError):
+            # With the connection gone nothing can be learned; the error that matters is the body's, if the
+            # process had not already ended by itself.
+            if not body_failed and not inbox.closed:
+                raise
+        finally:
+            backend.unsubscribe(inbox)
+            inbox.abandon()
+            backend.release()
+
+
+def _checked_argv(argv: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(argv, str | bytes):
+        raise UsageError(
+            f"argv must be a list of strings, not one string: write [{argv!r}], "
+            f"or for a shell ['sh', '-c', {argv!r}]"
+        )
+    words = tuple(os.fspath(word) for word in argv)
+    if not words:
+        raise UsageError("argv must name a program")
+    return words
+
+
+async def _feed(process: Process, data: bytes) -> None:
+    assert process.stdin is not None
+    try:
+        await process.stdin.send_all(data)
+        await process.stdin.aclose()
+    except trio.BrokenResourceError:
+        return  # it ended without reading all; its status tells whether that was an error
+
+
+async def _collect(process: Process, output: CapturedOutput | None, allow_gaps: bool) -> None:
+    while True:
+        try:
+            async for chunk in process:
+                if output is not None:
+                    (output.stderr if chunk.stream == "stderr" else output.stdout).extend(chunk.data)
+            return
+        except OutputGap:
+            if not allow_gaps:
+                raise

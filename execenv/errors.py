@@ -1,0 +1,188 @@
+"""Every exception of execenv, and the one table that says which JSON-RPC code each has on the wire.
+
+The tree says whose fault an error is:
+
+* `RpcError` and its subclasses: the other side answered, with an error. `code` and `message` are its own.
+* `ConnectionLost`, `ConnectFailed`: nobody answered. The connection is gone, or never was.
+* `ProcessNotStarted`, `ProcessFailed`: the program could not be run, or ended badly.
+* `OutputGap`: output was lost for good; what follows it is still delivered.
+* `UsageError`: the call itself was wrong; its message shows the right one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from execenv.abc import KillReceipt
+
+__all__ = [
+    "ConnectFailed",
+    "ConnectionLost",
+    "ExecenvError",
+    "InternalError",
+    "InvalidParams",
+    "InvalidRequest",
+    "MethodNotFound",
+    "NotFound",
+    "NotSupported",
+    "OutputGap",
+    "ProcessFailed",
+    "ProcessNotStarted",
+    "ProtocolViolation",
+    "RpcError",
+    "SessionAttached",
+    "UsageError",
+    "error_from_code",
+]
+
+
+class ExecenvError(Exception):
+    """The base of every error that execenv raises on purpose."""
+
+
+class UsageError(ExecenvError):
+    """The call was wrong: two tasks read one stream, an argument does not fit. Nothing was done."""
+
+
+class NotSupported(ExecenvError):
+    """This environment cannot do what was asked, and nothing was done. The message says what can."""
+
+
+class ConnectionLost(ExecenvError):
+    """The connection to an environment ended. Calls that were waiting, and all later ones, raise this."""
+
+
+class ConnectFailed(ExecenvError):
+    """An environment could not be reached, or did not finish the handshake. Nothing ran there."""
+
+
+class ProtocolViolation(ExecenvError):
+    """The other side broke the protocol so that the connection cannot go on."""
+
+
+class RpcError(ExecenvError):
+    """The other side answered a request with an error object (protocol.md §10).
+
+    Attributes:
+        code: the JSON-RPC error code. A subclass stands for one code each.
+        message: the other side's own words.
+    """
+
+    code = -32603
+
+    def __init__(self, message: str, code: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        if code is not None:
+            self.code = code
+
+
+class InvalidRequest(RpcError):
+    """-32600: refused as it stands, such as an unknown process or session, or a call out of order."""
+
+    code = -32600
+
+
+class MethodNotFound(RpcError):
+    """-32601: the other side does not have this method."""
+
+    code = -32601
+
+
+class InvalidParams(RpcError):
+    """-32602: the parameters do not decode, or have values that cannot be."""
+
+    code = -32602
+
+
+class InternalError(RpcError):
+    """-32603: the operation itself failed, such as a spawn or a write to a process that is gone."""
+
+    code = -32603
+
+
+class NotFound(RpcError):
+    """-32004: no such file or handle."""
+
+    code = -32004
+
+
+class SessionAttached(RpcError):
+    """-32010: another connection holds the session; it can be resumed once that is gone."""
+
+    code = -32010
+
+
+_BY_CODE: dict[int, type[RpcError]] = {
+    cls.code: cls
+    for cls in (InvalidRequest, MethodNotFound, InvalidParams, InternalError, NotFound, SessionAttached)
+}
+
+
+def error_from_code(code: int, message: str) -> RpcError:
+    """The exception for an error object that arrived: a subclass where the code has one."""
+    return _BY_CODE.get(code, RpcError)(message, code)
+
+
+class ProcessNotStarted(ExecenvError):
+    """A program could not be started. `__cause__` is the error that says why.
+
+    Attributes:
+        program: what was to be run.
+        environment: the name of the environment that was to run it.
+    """
+
+    def __init__(self, program: str, environment: str, reason: str) -> None:
+        super().__init__(f"cannot start {program!r} in {environment}: {reason}")
+        self.program = program
+        self.environment = environment
+        self.reason = reason
+
+
+class ProcessFailed(ExecenvError):
+    """A process ended with a status other than 0 while the caller had asked for `check`.
+
+    Attributes:
+        argv: the program and its arguments.
+        returncode: 0-255; death by signal n is 128 + n.
+        stdout, stderr: what was captured, `None` where nothing was to be captured.
+        receipt: what had to be stopped when the process ended (descendants that it left behind).
+    """
+
+    def __init__(
+        self,
+        argv: tuple[str, ...],
+        environment: str,
+        returncode: int,
+        stdout: bytes | None,
+        stderr: bytes | None,
+        receipt: KillReceipt | None = None,
+    ) -> None:
+        super().__init__(f"{argv[0]!r} in {environment} ended with status {returncode}")
+        self.argv = argv
+        self.environment = environment
+        self.returncode = returncode
+        self.stdout = stdout
+        self.stderr = stderr
+        self.receipt = receipt
+
+    def __str__(self) -> str:
+        text = str(self.args[0])
+        tail = (self.stderr or b"").strip().splitlines()[-1:]
+        return f"{text}: {tail[0].decode(errors='replace')}" if tail else text
+
+
+class OutputGap(ExecenvError):
+    """Output of a process was lost for good, because its environment keeps only the newest part.
+
+    Reading goes on behind it: the next call delivers what is still there.
+
+    Attributes:
+        from_seq, to_seq: the first and last sequence number that are missing.
+    """
+
+    def __init__(self, from_seq: int, to_seq: int) -> None:
+        super().__init__(f"output with seq {from_seq} to {to_seq} was lost before it could be read")
+        self.from_seq = from_seq
+        self.to_seq = to_seq

@@ -1,0 +1,292 @@
+"""Starting a program: argv in, descriptors out. Pipes by `Popen`, terminals by `posix_spawn`.
+
+Both start the child by vfork in the Trio thread, never with a `preexec_fn`: that would turn vfork into
+fork, which takes 3.5 ms instead of 0.8 and grows with our memory (performance.md, "Pieces"). A terminal
+needs a controlling tty, which `Popen` cannot give: `posix_spawn` can, since a session leader that opens a
+terminal gets it. Python's `os.posix_spawn` cannot change the directory, so libc's is called directly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import signal
+import struct
+import subprocess
+import termios
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+
+from attrs import define
+
+from execenv.errors import InternalError, NotSupported
+
+TTY_ROWS, TTY_COLUMNS = 24, 80  # protocol.md §11
+
+
+@define(eq=False)
+class Spawned:
+    """A running child. Whoever holds this closes the descriptors and reaps the child.
+
+    Attributes:
+        outputs: name and descriptor of each stream that is read until its end.
+        stdin_fd: where stdin is written to; `None` when the child's stdin is /dev/null. For a terminal
+            it is a second descriptor of the output.
+        pidfd: readable when the child has ended; `None` where there is no such thing, or no descriptor left.
+        poll: reaps the child if it has ended; its exit code (128 + n for signal n), else `None`.
+    """
+
+    pid: int
+    outputs: tuple[tuple[str, int], ...]
+    stdin_fd: int | None
+    tty: bool
+    poll: Callable[[], int | None]
+    pidfd: int | None
+
+
+def os_error_text(error: OSError) -> str:
+    """`No such file or directory (os error 2)`, as the reference words an error of the system."""
+    if error.errno is None:
+        return str(error)
+    return f"{os.strerror(error.errno)} (os error {error.errno})"
+
+
+def spawn(
+    argv: Sequence[str], cwd: bytes, env: Mapping[str, str], *, arg0: str | None, tty: bool, pipe_stdin: bool
+) -> Spawned:
+    """Start `argv` in `cwd` with exactly `env`, in a session of its own.
+
+    Raises:
+        InternalError: with the words of protocol.md §4.1; nothing was started and nothing is left open.
+    """
+    if not argv[0]:
+        raise InternalError(f"missing program for {'PTY' if tty else 'pipe'} spawn")
+    try:
+        for word in (*argv, arg0 or "", *env, *env.values()):
+            if "\0" in word:
+                raise InternalError("nul byte found in provided data")
+        spawned = _spawn_tty(argv, cwd, env, arg0) if tty else _spawn_pipes(argv, cwd, env, arg0, pipe_stdin)
+    except OSError as error:
+        raise InternalError(os_error_text(error)) from error
+    except ValueError as error:
+        raise InternalError(str(error)) from error
+    if hasattr(os, "pidfd_open"):
+        with suppress(OSError):
+            spawned.pidfd = os.pidfd_open(spawned.pid)
+    return spawned
+
+
+def exit_code_of(returncode: int) -> int:
+    """`Popen`'s return code as the protocol has it: death by signal n is 128 + n."""
+    return returncode if returncode >= 0 else 128 - returncode
+
+
+def abandon(spawned: Spawned) -> None:
+    """Kill a child that was just started and cannot be looked after, and let go of everything."""
+    with suppress(OSError):
+        os.killpg(spawned.pid, signal.SIGKILL)
+    os.waitpid(spawned.pid, 0)
+    fds = [fd for _, fd in spawned.outputs]
+    _close_all([*fds, *(fd for fd in (spawned.stdin_fd, spawned.pidfd) if fd is not None)])
+
+
+def _spawn_pipes(
+    argv: Sequence[str], cwd: bytes, env: Mapping[str, str], arg0: str | None, pipe_stdin: bool
+) -> Spawned:
+    ours: list[int] = []
+    theirs: list[int] = []
+    try:
+        for _ in range(2):
+            read_end, write_end = os.pipe()
+            ours.append(read_end)
+            theirs.append(write_end)
+        stdin_fd = None
+        stdin = subprocess.DEVNULL
+        if pipe_stdin:
+            stdin, stdin_fd = os.pipe()
+            ours.append(stdin_fd)
+            theirs.append(stdin)
+        for fd in ours:
+            os.set_blocking(fd, False)
+        child = subprocess.Popen(
+            [argv[0] if arg0 is None else arg0, *argv[1:]],
+            executable=argv[0],
+            stdin=stdin,
+            stdout=theirs[0],
+            stderr=theirs[1],
+            cwd=cwd,
+            env=env,
+            start_new_session=True,
+        )
+    except BaseException:
+        _close_all(ours)
+        raise
+    finally:
+        _close_all(theirs)
+
+    def poll() -> int | None:
+        returncode = child.poll()
+        return None if returncode is None else exit_code_of(returncode)
+
+    return Spawned(child.pid, (("stdout", ours[0]), ("stderr", ours[1])), stdin_fd, False, poll, None)
+
+
+def _spawn_tty(argv: Sequence[str], cwd: bytes, env: Mapping[str, str], arg0: str | None) -> Spawned:
+    env = dict(env)
+    if "SHELL" not in env:
+        shell = login_shell()
+        if shell:
+            env["SHELL"] = shell
+    program = find_program(argv[0], env, cwd)
+    master, slave = os.openpty()
+    writer = -1
+    try:
+        writer = os.dup(master)
+        resize(master, TTY_ROWS, TTY_COLUMNS)
+        os.set_blocking(master, False)
+        pid = _posix_spawn(
+            program,
+            [argv[0] if arg0 is None else arg0, *argv[1:]],
+            env,
+            cwd,
+            os.ttyname(slave),
+        )
+    except BaseException:
+        _close_all([master, writer])
+        raise
+    finally:
+        os.close(slave)
+    status: list[int] = []
+
+    def poll() -> int | None:
+        if not status:
+            try:
+                reaped, raw = os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:  # somebody else took it: the status is lost (§4.4)
+                status.append(-1)
+            else:
+                if not reaped:
+                    return None
+                status.append(exit_code_of(os.waitstatus_to_exitcode(raw)))
+        return status[0]
+
+    return Spawned(pid, (("pty", master),), writer, True, poll, None)
+
+
+def resize(fd: int, rows: int, columns: int) -> None:
+    """Set the size of a terminal, by its master side."""
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows & 0xFFFF, columns & 0xFFFF, 0, 0))
+
+
+def login_shell() -> str | None:
+    """The shell that the password database has for us."""
+    import pwd
+
+    with suppress(KeyError):
+        return pwd.getpwuid(os.getuid()).pw_shell or None
+    return None
+
+
+def find_program(name: str, env: Mapping[str, str], cwd: bytes) -> bytes:
+    """The file that a bare name stands for, by the child's PATH; other names as they are, from `cwd`.
+
+    Raises:
+        InternalError: if no directory of PATH has it, in the reference's words for a terminal.
+    """
+    encoded = os.fsencode(name)
+    if b"/" in encoded:
+        return encoded
+    path = env.get("PATH")
+    if path is None:
+        raise InternalError(f"Unable to spawn {name} because:\nUnable to resolve the PATH")
+    for directory in os.fsencode(path).split(b":"):
+        candidate = os.path.join(cwd, directory, encoded)
+        if os.access(candidate, os.X_OK) and not os.path.isdir(candidate):
+            return candidate
+    raise InternalError(f'Unable to spawn {name} because:\nNo viable candidates found in PATH "{path}"')
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        with suppress(OSError):
+            os.close(fd)
+
+
+# posix_spawn of libc, with the two actions Python does not offer.
+
+_OPAQUE = 1024  # posix_spawnattr_t and posix_spawn_file_actions_t: at most 336 bytes in glibc and musl
+_SETSIGDEF, _SETSIGMASK, _SETSID = 0x04, 0x08, 0x80
+_SIGSET = 128
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    try:
+        chdir = libc.posix_spawn_file_actions_addchdir_np
+        closefrom = getattr(libc, "posix_spawn_file_actions_addclosefrom_np", None)
+    except AttributeError:
+        raise NotSupported("terminals need a C library with posix_spawn_file_actions_addchdir_np") from None
+    chdir.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+    if closefrom is not None:
+        closefrom.argtypes = [ctypes.c_void_p, ctypes.c_int]
+    libc.posix_spawn_file_actions_addopen.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_int,
+        ctypes.c_char_p,
+        ctypes.c_int,
+        ctypes.c_uint,
+    ]
+    libc.posix_spawn_file_actions_adddup2.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+    return libc
+
+
+def _posix_spawn(program: bytes, argv: Sequence[str], env: Mapping[str, str], cwd: bytes, tty: str) -> int:
+    """Start a session leader whose controlling terminal, stdin, stdout and stderr are `tty`."""
+    libc = _libc()
+    attributes = ctypes.create_string_buffer(_OPAQUE)
+    actions = ctypes.create_string_buffer(_OPAQUE)
+    every = ctypes.create_string_buffer(_SIGSET)
+    none = ctypes.create_string_buffer(_SIGSET)
+    libc.posix_spawnattr_init(attributes)
+    libc.posix_spawn_file_actions_init(actions)
+    try:
+        libc.sigfillset(every)
+        libc.sigemptyset(none)
+        _check(libc.posix_spawnattr_setsigdefault(attributes, every))
+        _check(libc.posix_spawnattr_setsigmask(attributes, none))
+        _check(libc.posix_spawnattr_setflags(attributes, ctypes.c_short(_SETSID | _SETSIGDEF | _SETSIGMASK)))
+        # After setsid, so that opening the terminal makes it the controlling one.
+        _check(libc.posix_spawn_file_actions_addopen(actions, 0, os.fsencode(tty), os.O_RDWR, 0))
+        _check(libc.posix_spawn_file_actions_adddup2(actions, 0, 1))
+        _check(libc.posix_spawn_file_actions_adddup2(actions, 0, 2))
+        closefrom = getattr(libc, "posix_spawn_file_actions_addclosefrom_np", None)
+        if closefrom is not None:
+            _check(closefrom(actions, 3))
+        _check(libc.posix_spawn_file_actions_addchdir_np(actions, cwd))
+        pid = ctypes.c_int()
+        _check(
+            libc.posix_spawn(
+                ctypes.byref(pid),
+                ctypes.c_char_p(program),
+                actions,
+                attributes,
+                _string_array([os.fsencode(word) for word in argv]),
+                _string_array([os.fsencode(f"{name}={value}") for name, value in env.items()]),
+            )
+        )
+        return pid.value
+    finally:
+        libc.posix_spawn_file_actions_destroy(actions)
+        libc.posix_spawnattr_destroy(attributes)
+
+
+def _string_array(values: list[bytes]) -> ctypes.Array[ctypes.c_char_p]:
+    return (ctypes.c_char_p * (len(values) + 1))(*values, None)
+
+
+def _check(code: int) -> None:
+    if code:
+        raise OSError(code, os.strerror(code))

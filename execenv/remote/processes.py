@@ -1,0 +1,424 @@
+"""Processes of a server, by its protocol: the proxy of `abc.Processes`.
+
+Events arrive as notifications, in the reader, and are put into order by seq. A consumer that is slower than
+the network must not hold back the connection for everybody else. A server of ours is told what was taken, and
+holds back the child (`process/outputTaken`). Another server pushes on: above a bound the events are let go,
+and fetched again by `process/read` when there is room (`_fetch_missed`); what the server does not retain any
+more by then is reported as `Lost`.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import trio
+from attrs import evolve
+
+from execenv.abc import (
+    Closed,
+    Event,
+    Exited,
+    Failed,
+    KillReceipt,
+    Lost,
+    Output,
+    Process,
+    Processes,
+    Sink,
+    Survivor,
+    Termination,
+)
+from execenv.codec import Json, structure
+from execenv.errors import (
+    ConnectionLost,
+    ExecenvError,
+    NotSupported,
+    ProtocolViolation,
+)
+from execenv.protocol import (
+    PROCESS_CLOSE_STDIN,
+    PROCESS_OUTPUT_TAKEN,
+    PROCESS_READ,
+    PROCESS_RESIZE,
+    PROCESS_SIGNAL,
+    PROCESS_START,
+    PROCESS_TERMINATE,
+    PROCESS_WRITE,
+    U64,
+    Base64,
+    ProcessClosedParams,
+    ProcessCloseStdinParams,
+    ProcessExitedParams,
+    ProcessOutputParams,
+    ProcessOutputTakenParams,
+    ProcessReadParams,
+    ProcessReadResult,
+    ProcessResizeParams,
+    ProcessSignalParams,
+    ProcessStartParams,
+    ProcessTerminateParams,
+    ProcessWriteParams,
+)
+
+if TYPE_CHECKING:
+    from execenv.remote.connection import RemoteEnvironment
+
+REORDER_EVENTS = 256  # environments.md §1.6
+REORDER_BYTES = 1024 * 1024
+HELD_BYTES = 16 * 1024 * 1024
+"""Pushed output that one process may have waiting here, above its sink's own bound, before it is let go."""
+CATCH_UP_BYTES = 1024 * 1024
+OUTPUT_WINDOW = 8 * 1024 * 1024
+"""How much output of one process may be under way: 80 MB/s at a round trip of 100 ms."""
+TAKEN_STEP = 1024 * 1024
+"""How much is taken before the server is told."""
+
+
+class RemoteProcess(Process):
+    """One process of a server. `publish` is called by the connection's reader for each of its events."""
+
+    def __init__(self, owner: RemoteProcesses, process_id: str, *, attached: bool = False) -> None:
+        self.process_id = process_id
+        self._owner = owner
+        self._sinks: list[Sink] = []
+        self._next_seq = 1
+        self._early: dict[int, Event] = {}
+        self._early_bytes = 0
+        self._held = 0
+        self._newest = 0  # the highest seq that is known to exist
+        self._catching_up = attached  # what is pushed before the history was read is part of it
+        self._terminal: dict[int, Event] = {}  # exit and close, seen while catching up
+        self._exit_passed = False
+        self._ended = False
+        self._stdin_by_size = False
+        self._windowed = False
+        self._untold = 0  # bytes taken since the server was told
+        self._holding = False  # `_tell_when_room` waits for the sinks
+
+    # Events.
+
+    def subscribe(self, sink: Sink, *, history: bool = False) -> None:
+        self._sinks.append(sink)
+        if history:
+            self._owner.nursery.start_soon(self._fetch_missed)
+
+    def unsubscribe(self, sink: Sink) -> None:
+        with suppress(ValueError):
+            self._sinks.remove(sink)
+        if not self._sinks:
+            self._owner.remove(self)
+
+    def publish(self, seq: int, event: Event) -> None:
+        """Take an event off the wire, in whatever order, and pass on what is in order now.
+
+        Raises:
+            ProtocolViolation: if so much is out of order that it cannot be kept.
+        """
+        self._newest = max(self._newest, seq)
+        if seq < self._next_seq or seq in self._early or self._ended:
+            return
+        if self._catching_up:
+            if not isinstance(event, Output):
+                self._terminal[seq] = event
+            return
+        if seq != self._next_seq:
+            self._early_bytes += len(event.data) if isinstance(event, Output) else 0
+            if len(self._early) >= REORDER_EVENTS or self._early_bytes > REORDER_BYTES:
+                self.fail(
+                    ProtocolViolation(
+                        f"the events of process {self.process_id!r} have a hole at {self._next_seq}"
+                    )
+                )
+                return
+            self._early[seq] = event
+            return
+        self._pass_on(event, seq)
+        while self._early and self._next_seq in self._early:
+            early = self._early.pop(self._next_seq)
+            self._early_bytes -= len(early.data) if isinstance(early, Output) else 0
+            self._pass_on(early, self._next_seq)
+
+    def _pass_on(self, event: Event, seq: int) -> None:
+        self._next_seq = seq + 1
+        for sink in self._sinks:
+            sink.put(event)
+        if isinstance(event, Exited):
+            self._exit_passed = True
+        elif isinstance(event, Closed):
+            self._ended = True
+            self._owner.remove(self)
+        elif isinstance(event, Output):
+            self._note_taken(len(event.data))
+
+    def _note_taken(self, size: int) -> None:
+        self._untold += size
+        if not any(sink.full for sink in self._sinks):
+            self._held = 0
+            if self._windowed and self._untold >= TAKEN_STEP and not self._holding:
+                self._tell()
+        else:
+            self._held += size
+            if self._held > HELD_BYTES:
+                self._catch_up()
+            elif self._windowed and not self._holding:
+                self._holding = True
+                self._owner.nursery.start_soon(self._tell_when_room)
+
+    def open_window(self) -> None:
+        """Have the server hold back the child when this end is slow."""
+        self._windowed = True
+        self._tell(U64(OUTPUT_WINDOW))
+
+    def _tell(self, window: U64 | None = None) -> None:
+        self._untold = 0
+        taken = ProcessOutputTakenParams(self.process_id, U64(self._next_seq - 1), window)
+        with suppress(ConnectionLost):
+            self._owner.peer.notify(PROCESS_OUTPUT_TAKEN, taken)
+
+    async def _tell_when_room(self) -> None:
+        while any(sink.full for sink in self._sinks):
+            for sink in list(self._sinks):
+                await sink.wait_room()
+        self._holding = False
+        self._held = 0
+        self._tell()
+
+    def fail(self, error: Exception) -> None:
+        """No more events will come. Called when the connection is lost."""
+        if not self._ended:
+            self._ended = True
+            self._owner.remove(self)
+            for sink in self._sinks:
+                sink.put(Failed(error))
+
+    def _catch_up(self) -> None:
+        if not self._catching_up:
+            self._catching_up = True
+            self._early.clear()
+            self._early_bytes = 0
+            self._owner.nursery.start_soon(self._fetch_missed)
+
+    async def _fetch_missed(self) -> None:
+        """Read what was let go, as the sinks have room, until nothing is missing up to the newest event."""
+        try:
+            while not self._ended:
+                for sink in list(self._sinks):
+                    await sink.wait_room()
+                result = await self.read(self._next_seq - 1, CATCH_UP_BYTES)
+                self._publish_read(result)
+                if self._ended or (not result.chunks and self._next_seq > self._newest):
+                    break
+            self._catching_up = False
+            self._held = 0
+            if self._windowed:
+                self._tell()
+        except ExecenvError as error:
+            self.fail(error)
+
+    def _publish_read(self, result: ProcessReadResult) -> None:
+        for chunk in result.chunks:
+            self._pass_terminal(chunk.seq)
+            if chunk.seq == self._next_seq + 1 and result.exited and not self._exit_known:
+                self._pass_on(self._exit_at(self._next_seq, result), self._next_seq)
+            self._skip_to(chunk.seq)
+            self._pass_on(Output(chunk.seq, chunk.stream, chunk.chunk), chunk.seq)
+        self._newest = max(self._newest, result.next_seq - 1)
+        if result.chunks:
+            return
+        # Nothing is retained behind here, so what is left of the answer is exit and close, or lost.
+        if result.closed:
+            self._terminal.setdefault(result.next_seq - 1, Closed(result.next_seq - 1))
+        if result.exited and not self._exit_known:
+            self._infer_exit(result)
+        # Only as far as the answer goes: what was pushed since then is for the next read.
+        self._pass_terminal(result.next_seq)
+        if not self._ended:
+            self._skip_to(result.next_seq)
+
+    def _pass_terminal(self, before: int) -> None:
+        """Pass on what was pushed meanwhile and comes before that seq."""
+        for seq in sorted(seq for seq in self._terminal if seq < before):
+            event = self._terminal.pop(seq)
+            self._skip_to(seq)
+            if seq == self._next_seq:
+                self._pass_on(event, seq)
+
+    @property
+    def _exit_known(self) -> bool:
+        return self._exit_passed or any(isinstance(event, Exited) for event in self._terminal.values())
+
+    @staticmethod
+    def _exit_at(seq: int, result: ProcessReadResult) -> Exited:
+        return Exited(seq, -1 if result.exit_code is None else result.exit_code, result.sandbox_denied)
+
+    def _infer_exit(self, result: ProcessReadResult) -> None:
+        """The exit was before our time, and has no chunk of its own: it is one of the missing seqs."""
+        last = result.next_seq - (2 if result.closed else 1)
+        if self._next_seq <= last:
+            self._terminal[last] = self._exit_at(last, result)
+        else:  # its seq was in a hole that has been reported as lost
+            self._exit_passed = True
+            for sink in self._sinks:
+                sink.put(self._exit_at(last, result))
+
+    def _skip_to(self, seq: int) -> None:
+        if seq > self._next_seq:
+            first, self._next_seq = self._next_seq, seq
+            for sink in self._sinks:
+                sink.put(Lost(first, seq - 1))
+
+    def release(self) -> None:
+        self._owner.remove(self)
+
+    # Calls.
+
+    async def read(
+        self, after_seq: int = 0, max_bytes: int | None = None, wait: float = 0.0
+    ) -> ProcessReadResult:
+        params = ProcessReadParams(
+            self.process_id,
+            U64(after_seq),
+            None if max_bytes is None else U64(max_bytes),
+            U64(min(math.ceil(wait * 1000), 2**63)),
+        )
+        return await self._owner.peer.call(PROCESS_READ, params)
+
+    async def write(self, data: bytes, write_id: str) -> str:
+        params = ProcessWriteParams(self.process_id, Base64(data), write_id)
+        return (await self._owner.peer.call(PROCESS_WRITE, params)).status
+
+    async def close_stdin(self) -> None:
+        if self._stdin_by_size:
+            return  # `_ending_input` ends it behind the last byte
+        await self._owner.require("processCloseStdin", "end of file on the stdin of a running process")
+        await self._owner.peer.call(PROCESS_CLOSE_STDIN, ProcessCloseStdinParams(self.process_id))
+
+    async def interrupt(self) -> None:
+        await self._owner.peer.call(PROCESS_SIGNAL, ProcessSignalParams(self.process_id, "interrupt"))
+
+    async def resize(self, rows: int, columns: int) -> None:
+        await self._owner.require("processResize", "resizing a terminal")
+        await self._owner.peer.call(
+            PROCESS_RESIZE, ProcessResizeParams(self.process_id, U64(rows), U64(columns))
+        )
+
+    async def terminate(self, *, receipt: bool = True, grace: float = 0.0) -> Termination:
+        extended = await self._owner.has("processReceipt")
+        if not extended and self._ended:
+            return Termination(False)
+        params = ProcessTerminateParams(self.process_id)
+        if extended:
+            params = evolve(params, receipt=receipt, grace_ms=U64(math.ceil(grace * 1000)))
+        result = await self._owner.peer.call(PROCESS_TERMINATE, params)
+        if result.receipt is None:
+            return Termination(result.running)
+        survivors = tuple(Survivor(one.pid, one.reason) for one in result.receipt.survivors)
+        return Termination(
+            result.running, KillReceipt(result.receipt.signalled, result.receipt.seconds, survivors)
+        )
+
+
+class RemoteProcesses(Processes):
+    """Starts processes on a server, and routes their events."""
+
+    def __init__(self, environment: RemoteEnvironment, nursery: trio.Nursery) -> None:
+        self._environment = environment
+        self.nursery = nursery
+        self.peer = environment.peer
+        # More than one of an id where several tasks attach to it: each reads at its own pace.
+        self._by_id: dict[str, list[RemoteProcess]] = {}
+
+    async def start(
+        self, params: ProcessStartParams, sink: Sink | None = None, *, input_size: int | None = None
+    ) -> RemoteProcess:
+        process = RemoteProcess(self, params.process_id)
+        if sink is not None and await self.has("processOutputWindow"):
+            process._windowed = True
+            params = evolve(params, output_window=U64(OUTPUT_WINDOW))
+        if params.pipe_stdin and not await self.has("processCloseStdin") and input_size is not None:
+            params = evolve(params, argv=_ending_input(params.argv, params.arg0, input_size), arg0=None)
+            process._stdin_by_size = True
+        if sink is not None:
+            process.subscribe(sink)
+        # Before the request goes out: an early event finds its owner.
+        self._add(process)
+        try:
+            await self.peer.call(PROCESS_START, params)
+        except BaseException as error:
+            self.remove(process)
+            if isinstance(error, trio.Cancelled):
+                # It may have started all the same, and nobody would end it.
+                with suppress(ExecenvError), trio.CancelScope(shield=True) as scope:
+                    scope.deadline = trio.current_time() + 5
+                    await process.terminate(receipt=False)
+            raise
+        if sink is None:
+            self.remove(process)  # nobody listens; `attach` begins anew
+        return process
+
+    async def attach(self, process_id: str) -> RemoteProcess:
+        process = RemoteProcess(self, process_id, attached=True)
+        self._add(process)
+        try:
+            await process.read(wait=0.0, max_bytes=0)  # unknown ids are refused
+            if await self.has("processOutputWindow"):
+                process.open_window()
+        except BaseException:
+            self.remove(process)
+            raise
+        return process
+
+    def _add(self, process: RemoteProcess) -> None:
+        self._by_id.setdefault(process.process_id, []).append(process)
+
+    def remove(self, process: RemoteProcess) -> None:
+        """Route no more events to it."""
+        listening = self._by_id.get(process.process_id, [])
+        if process in listening:
+            listening.remove(process)
+        if not listening:
+            self._by_id.pop(process.process_id, None)
+
+    def connection_lost(self, error: ConnectionLost) -> None:
+        for process in [one for listening in self._by_id.values() for one in listening]:
+            process.fail(error)
+
+    async def has(self, capability: str) -> bool:
+        return (await self._environment.info()).capabilities.get(capability, False)
+
+    async def require(self, capability: str, what: str) -> None:
+        if not await self.has(capability):
+            raise NotSupported(
+                f"the exec-server behind {self._environment.name} has no call for {what} "
+                f"(its environment info does not list {capability})"
+            )
+
+    # Notifications. Called by the reader; must not wait.
+
+    def on_output(self, params: Json) -> None:
+        event = structure(params, ProcessOutputParams)
+        self._publish(event.process_id, event.seq, Output(event.seq, event.stream, event.chunk))
+
+    def on_exited(self, params: Json) -> None:
+        event = structure(params, ProcessExitedParams)
+        self._publish(event.process_id, event.seq, Exited(event.seq, event.exit_code, event.sandbox_denied))
+
+    def on_closed(self, params: Json) -> None:
+        event = structure(params, ProcessClosedParams)
+        self._publish(event.process_id, event.seq, Closed(event.seq))
+
+    def _publish(self, process_id: str, seq: int, event: Event) -> None:
+        for process in tuple(self._by_id.get(process_id, ())):
+            process.publish(seq, event)
+
+
+def _ending_input(argv: tuple[str, ...], arg0: str | None, size: int) -> tuple[str, ...]:
+    """The same program with a stdin that ends after `size` bytes, for servers without `process/closeStdin`.
+
+    The exit status is the program's: a pipeline has that of its last command.
+    """
+    if arg0 is not None:
+        raise NotSupported("arg0 together with input needs a server that can close a stdin")
+    return ("sh", "-c", 'head -c "$0" | "$@"', str(size), *argv)

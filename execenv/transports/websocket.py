@@ -1,0 +1,366 @@
+"""Websockets: trio-websocket opens, accepts and refuses them; our codec and pump carry the frames.
+
+Why not trio-websocket for the frames too: its reader task is a second owner of the socket (it writes
+pongs and close frames, and stops answering while its queue is full), a message through it costs five to
+ten times the CPU, and two ends that only write can block each other (performance.md, decision c2). So it
+sees the HTTP heads only, through `_Handshake`, an adapter stream that hands them over and then parks.
+permessage-deflate is never offered and never accepted.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import trio
+
+from execenv.errors import ConnectFailed
+from execenv.transports._frames import Close, FrameCodec, Ping, Pong, Violation
+from execenv.transports._pump import Buffer, ByteIO, FdIO, Framing, Pump, StreamIO
+from execenv.transports.channel import DEFAULT_MAX_MESSAGE
+
+if TYPE_CHECKING:
+    import ssl
+
+
+PING_INTERVAL = 30.0
+PONG_TIMEOUT = 60.0
+HANDSHAKE_DEADLINE = 10.0
+MAX_HEAD = 64 * 1024
+NOT_SENT_LOW_WATER = 128 * 1024
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+
+class WebsocketFraming(Framing):
+    """Between the codec's events and the pump: pongs are queued, violations and closes end the channel."""
+
+    def __init__(self, pump: WebsocketChannel, codec: FrameCodec, leftover: bytes) -> None:
+        self._pump = pump
+        self._codec = codec
+        self.leftover = leftover
+
+    def messages(self, data: bytes) -> Iterable[bytes]:
+        pump = self._pump
+        if pump.awaited is not None:
+            pump.awaited.set()
+        for event in self._codec.receive(data):
+            if type(event) is bytes:
+                yield event
+            elif type(event) is Ping:
+                pump.send_urgent(self._codec.encode_pong(event.payload))
+            elif type(event) is Violation:
+                pump.loss = pump.loss or f"websocket protocol error: {event.reason}"
+                pump.close_nowait(event.code, event.reason)
+            elif type(event) is Close:
+                if event.code not in (None, 1000, 1001):
+                    pump.loss = pump.loss or f"websocket closed with code {event.code}"
+                pump.close_nowait(event.code or 1000)
+            else:
+                assert type(event) is Pong
+
+    def frames(self, parts: tuple[bytes, ...]) -> list[list[Buffer]]:
+        return self._codec.encode_message(*parts)
+
+    def farewell(self, code: int, reason: str) -> bytes:
+        return self._codec.encode_close(code, reason)
+
+
+class WebsocketChannel(Pump):
+    """One websocket, after its handshake.
+
+    Args:
+        ping_interval: seconds between pings, the first one a full interval after the start.
+        pong_timeout: seconds that a peer may stay silent after a ping; infinite for accepted sockets,
+            since the reference's clients need not answer.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        io: ByteIO,
+        *,
+        client: bool,
+        leftover: bytes,
+        max_message: int = DEFAULT_MAX_MESSAGE,
+        ping_interval: float = PING_INTERVAL,
+        pong_timeout: float = math.inf,
+    ) -> None:
+        super().__init__(label, io)
+        self._codec = FrameCodec(client=client, max_message=max_message)
+        self.framing = WebsocketFraming(self, self._codec, leftover)
+        self._leftover = leftover
+        self._ping_interval = ping_interval
+        self._pong_timeout = pong_timeout
+        self.awaited: trio.Event | None = None  # set by the next bytes that arrive
+
+    async def run(self, receive: Callable[[bytes], None]) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._keep_alive)
+            leftover, self._leftover = self._leftover, b""
+            if leftover:
+                self._io = _Replayed(leftover, self._io)
+            await super().run(receive)
+            nursery.cancel_scope.cancel()
+
+    async def _keep_alive(self) -> None:
+        next_ping = trio.current_time() + self._ping_interval
+        while True:
+            await trio.sleep_until(next_ping)
+            self.awaited = trio.Event()
+            self.send_urgent(self._codec.encode_ping())
+            with trio.move_on_after(self._pong_timeout) as patience:
+                if self._pong_timeout < math.inf:
+                    await self.awaited.wait()
+            self.awaited = None
+            if patience.cancelled_caught:
+                self.fail(f"no answer to a ping within {self._pong_timeout:g} s")
+            next_ping = max(next_ping + self._ping_interval, trio.current_time())
+
+
+class _Replayed(ByteIO):
+    """A `ByteIO` whose first bytes were already read."""
+
+    def __init__(self, first: bytes, io: ByteIO) -> None:
+        self._first = first
+        self._io = io
+
+    async def receive(self) -> bytes:
+        if self._first:
+            first, self._first = self._first, b""
+            return first
+        return await self._io.receive()
+
+    async def send(self, buffers: list[Buffer]) -> int:
+        return await self._io.send(buffers)
+
+    def send_now(self, buffers: list[Buffer]) -> int:
+        return self._io.send_now(buffers)
+
+    async def linger(self) -> None:
+        await self._io.linger()
+
+    async def close(self) -> None:
+        await self._io.close()
+
+
+class _Refused(Exception):
+    """The server answered the handshake with another status than 101."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        super().__init__(status, body)
+        self.status = status
+        self.body = body
+
+
+class _Handshake(trio.abc.Stream):
+    """What trio-websocket gets for a stream: the peer's HTTP head, then nothing for ever.
+
+    A server has read the head already (`head`). A client reads it here; what follows it stays in
+    `leftover`, unless the answer is no 101: then everything is passed on, since it explains the refusal.
+    """
+
+    def __init__(self, stream: trio.abc.Stream, head: bytes | None = None) -> None:
+        self._stream = stream
+        self._head = head
+        self._upgraded = head is not None
+        self._seen = b""
+        self.leftover = b""
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if self._head is not None:
+            head, self._head = self._head, None
+            return head
+        if self._upgraded:
+            await trio.sleep_forever()
+        try:
+            data = bytes(await self._stream.receive_some(max_bytes))
+        except (OSError, trio.BrokenResourceError) as error:
+            # Not as it is: trio-websocket takes that for an end, and then waits for ever.
+            raise ConnectFailed(
+                f"the connection broke in the websocket handshake: {_reason(error)}"
+            ) from error
+        if not data:
+            raise self._cut_off()
+        before = self._seen
+        self._seen += data
+        if len(self._seen) > MAX_HEAD:
+            raise ConnectFailed(f"the answer to the websocket handshake is longer than {MAX_HEAD} bytes")
+        end = self._seen.find(b"\r\n\r\n")
+        if end >= 0 and self._seen.split(b" ", 2)[1:2] == [b"101"]:
+            self._upgraded = True
+            self.leftover = self._seen[end + 4 :]
+            return self._seen[len(before) : end + 4]
+        return data
+
+    def _cut_off(self) -> Exception:
+        head, end, body = self._seen.partition(b"\r\n\r\n")
+        status = head.split(b" ", 2)[1:2]
+        if end and status and status[0].isdigit():  # a refusal whose body lasts until the end
+            return _Refused(int(status[0]), body)
+        return ConnectFailed("the server closed the connection before the websocket handshake was done")
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        try:
+            await self._stream.send_all(data)
+        except (OSError, trio.BrokenResourceError) as error:
+            raise ConnectFailed(
+                f"the connection broke in the websocket handshake: {_reason(error)}"
+            ) from error
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def aclose(self) -> None:
+        """Leave the stream alone: it outlives the handshake."""
+        await trio.lowlevel.checkpoint()
+
+
+def _io_of(stream: trio.abc.Stream) -> ByteIO:
+    if isinstance(stream, trio.SocketStream):
+        sock = stream.socket
+        if hasattr(socket, "TCP_NOTSENT_LOWAT") and sock.family in (socket.AF_INET, socket.AF_INET6):
+            stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOT_SENT_LOW_WATER)
+        return FdIO(sock.fileno(), sock.fileno(), sock.close, lambda: sock.shutdown(socket.SHUT_WR))
+    return StreamIO(stream)
+
+
+async def accept(
+    stream: trio.abc.Stream,
+    head: bytes,
+    leftover: bytes,
+    label: str,
+    *,
+    max_message: int = DEFAULT_MAX_MESSAGE,
+    ping_interval: float = PING_INTERVAL,
+) -> WebsocketChannel:
+    """Answer an upgrade request with 101 and take the stream over.
+
+    Args:
+        head: the request's head, whole, already found to be an upgrade.
+        leftover: what was read of the stream behind it.
+
+    Raises:
+        ConnectFailed: if the request is no valid websocket handshake after all.
+        trio.BrokenResourceError: if the client has gone.
+    """
+    from trio_websocket import HandshakeError, wrap_server_stream
+
+    adapter = _Handshake(stream, head)
+    try:
+        async with trio.open_nursery() as nursery:
+            request = await wrap_server_stream(nursery, adapter)
+            await request.accept()
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        cause = _first(group)
+        if isinstance(cause, HandshakeError | ValueError):
+            raise ConnectFailed(f"not a websocket handshake: {cause}") from cause
+        raise cause from cause.__cause__
+    return WebsocketChannel(
+        label,
+        _io_of(stream),
+        client=False,
+        leftover=leftover,
+        max_message=max_message,
+        ping_interval=ping_interval,
+    )
+
+
+async def connect(
+    url: str,
+    *,
+    headers: Headers = (),
+    ssl_context: ssl.SSLContext | None = None,
+    max_message: int | None = None,
+    ping_interval: float = PING_INTERVAL,
+    pong_timeout: float = PONG_TIMEOUT,
+) -> WebsocketChannel:
+    """Open a `ws://` or `wss://` URL. The caller sets the deadline.
+
+    Args:
+        headers: sent besides those of the handshake, such as `Authorization`.
+        max_message: in bytes; `None` lifts the limit, as a client must that reads large files.
+
+    Raises:
+        ConnectFailed: naming the URL (without its query) and what went wrong.
+    """
+    from trio_websocket import ConnectionRejected, wrap_client_stream
+
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise ConnectFailed(f"{url.partition('?')[0]!r} is no websocket URL: {error}") from error
+    shown = f"{parts.scheme}://{parts.hostname}:{port or ''}{parts.path}"
+    if parts.scheme not in ("ws", "wss") or not parts.hostname:
+        raise ConnectFailed(f"{shown!r} is no websocket URL: it should look like ws://HOST:PORT")
+    if any(byte < 0x20 or byte == 0x7F for _, value in headers for byte in value):
+        raise ConnectFailed("a header, such as the bearer token, holds a control character")
+    secure = parts.scheme == "wss"
+    resource = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    host = parts.netloc.rpartition("@")[2]
+    stream: trio.abc.Stream | None = None
+    try:
+        stream = await trio.open_tcp_stream(parts.hostname, port or (443 if secure else 80))
+        if secure:
+            stream = secured = trio.SSLStream(
+                stream, ssl_context or _default_ssl(), server_hostname=parts.hostname
+            )
+            await secured.do_handshake()
+        adapter = _Handshake(stream)
+        async with trio.open_nursery() as nursery:
+            await wrap_client_stream(nursery, adapter, host, resource, extra_headers=list(headers))  # type: ignore[arg-type]
+            nursery.cancel_scope.cancel()
+    except BaseException as error:
+        if stream is not None:
+            await trio.aclose_forcefully(stream)
+        cause = _first(error)
+        if not isinstance(cause, Exception):
+            raise
+        if isinstance(cause, ConnectionRejected):
+            cause = _Refused(cause.status_code, cause.body or b"")
+        if isinstance(cause, _Refused):
+            body = " ".join(cause.body.decode(errors="replace").split())[:200]
+            detail = f": {body}" if body else ""
+            raise ConnectFailed(
+                f"{shown} refused the websocket with status {cause.status}{detail}"
+            ) from cause
+        if isinstance(cause, OSError | ConnectFailed | trio.BrokenResourceError):
+            raise ConnectFailed(f"cannot connect to {shown}: {_reason(cause)}") from cause
+        # trio-websocket, wsproto and h11 each have errors of their own for an answer that makes no sense.
+        raise ConnectFailed(f"cannot connect to {shown}: its answer is no websocket handshake") from cause
+    return WebsocketChannel(
+        f"websocket {shown}",
+        _io_of(stream),
+        client=True,
+        leftover=adapter.leftover,
+        max_message=max_message if max_message is not None else 1 << 62,
+        ping_interval=ping_interval,
+        pong_timeout=pong_timeout,
+    )
+
+
+def _default_ssl() -> ssl.SSLContext:
+    import ssl
+
+    return ssl.create_default_context()
+
+
+def _first(error: BaseException) -> BaseException:
+    if isinstance(error, BaseExceptionGroup):
+        _, rest = error.split(trio.Cancelled)
+        return _first((rest or error).exceptions[0])
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    cause = error.__cause__
+    with suppress(AttributeError, IndexError):
+        if isinstance(cause, BaseExceptionGroup):  # every address of the host was tried
+            cause = cause.exceptions[0]
+    return str(cause or error) or type(error).__name__

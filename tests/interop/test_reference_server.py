@@ -1,0 +1,103 @@
+"""The contract over a released codex's own exec-server: what our client promises, whoever serves.
+
+`DIFFERENCES` says what is not so there, and why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from types import ModuleType
+
+import pytest
+from _pytest.mark import ParameterSet
+
+from execenv import Environment, open_environment
+from tests.conftest import ANY_PORT, SERVER_VARIABLES, run_websocket_server, time_limit
+from tests.contract import (
+    test_detached,
+    test_ending,
+    test_input,
+    test_output,
+    test_run,
+    test_tty,
+    test_variables,
+)
+from tests.interop.codex import ProcessMark, require_codex
+
+pytestmark = pytest.mark.interop
+
+Contract = Callable[[Environment], Awaitable[None]]
+
+MODULES: tuple[ModuleType, ...] = (
+    test_run,
+    test_input,
+    test_output,
+    test_variables,
+    test_tty,
+    test_ending,
+    test_detached,
+)
+
+NO_CALL = "there is no such call"
+NO_RECEIPT = "process/terminate is not waited for, says nothing of what was ended, and spares daemons"
+
+DIFFERENCES = {
+    "test_closing_stdin_ends_it_behind_all_that_was_sent": NO_CALL,
+    "test_terminal_takes_another_size_and_tells_the_program": NO_CALL,
+    "test_sending_to_an_ended_process_says_broken": "a write just after the exit may be accepted",
+    "test_arg0_is_what_a_program_on_a_terminal_sees": "arg0 is looked up as the program there",
+    "test_missing_working_directory_is_not_started_on_a_terminal": "it is started in the home directory",
+    "test_death_by_signal_on_a_terminal_is_128_and_its_number": "on a terminal the status is 1",
+    "test_interrupt_without_a_trap_ends_with_130": "on a terminal the status is 1",
+    "test_terminate_lets_a_trap_run": "there is SIGKILL only",
+    "test_leaving_the_block_ends_the_whole_tree": NO_RECEIPT,
+    "test_leaving_the_block_by_an_error_ends_the_whole_tree": NO_RECEIPT,
+    "test_leaving_the_block_by_cancellation_ends_the_whole_tree": NO_RECEIPT,
+    "test_leaving_the_block_ends_what_an_exited_process_left_behind": NO_RECEIPT,
+    "test_kill_ends_the_whole_tree": NO_RECEIPT,
+    "test_block_ends_a_descendant_that_holds_the_output": NO_RECEIPT,
+    "test_run_ends_what_the_program_left_behind": NO_RECEIPT,
+    "test_run_that_leaves_nothing_behind_signals_nobody": NO_RECEIPT,
+    "test_program_on_a_terminal_leaves_nothing_behind": NO_RECEIPT,
+    "test_killed_program_is_gone": NO_RECEIPT,
+}
+SOMETIMES = {"test_sending_to_an_ended_process_says_broken"}
+"""Differences that are a matter of timing."""
+
+
+def contracts() -> list[Contract]:
+    """Every contract test of processes; each takes an environment and nothing else."""
+    return [value for module in MODULES for name, value in vars(module).items() if name.startswith("test_")]
+
+
+def _parameter(contract: Contract) -> ParameterSet:
+    name = contract.__name__
+    reason = DIFFERENCES.get(name)
+    marks = [] if reason is None else [pytest.mark.xfail(reason=reason, strict=name not in SOMETIMES)]
+    return pytest.param(contract, id=name.removeprefix("test_"), marks=marks)
+
+
+@pytest.fixture(scope="module")
+def reference_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    codex, home, mark = require_codex(), str(tmp_path_factory.mktemp("codex")), ProcessMark()
+    env = {"PATH": os.environ["PATH"], "HOME": home, "CODEX_HOME": home, **SERVER_VARIABLES, **mark.env}
+    with run_websocket_server([str(codex), "exec-server", "--listen", ANY_PORT], env) as server:
+        yield server.url
+    mark.kill()  # what it does not end, such as daemons
+
+
+@pytest.fixture
+async def environment(reference_url: str) -> AsyncIterator[Environment]:
+    async with time_limit(), open_environment(reference_url) as environment:
+        yield environment
+
+
+@pytest.mark.parametrize("contract", [_parameter(contract) for contract in contracts()])
+async def test_reference(contract: Contract, environment: Environment) -> None:
+    await contract(environment)
+
+
+def test_differences_name_contracts() -> None:
+    assert DIFFERENCES.keys() >= SOMETIMES
+    assert DIFFERENCES.keys() <= {contract.__name__ for contract in contracts()}
