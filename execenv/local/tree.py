@@ -279,6 +279,7 @@ class _Member:
     starttime: int
     pidfd: int | None
     refused: bool = False
+    stopped: bool = False
 
     def gone(self) -> bool:
         return is_gone(self.pid, self.starttime, self.pidfd)
@@ -303,6 +304,7 @@ class Members:
     _sids: set[int] = field(init=False)
     _found: dict[int, _Member] = field(factory=dict, init=False)
     _signalled: dict[int, None] = field(factory=dict, init=False)
+    _reaped: int = field(default=0, init=False)
     _started: float = field(factory=time.perf_counter, init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -313,9 +315,10 @@ class Members:
 
         One that is dead when found is news too: it may have forked another just before.
         """
+        reaped = self._reaped
         fresh = self._walk()
         if not fresh:
-            return False
+            return self._reaped != reaped
         if any(member.pid != self._root.pid and not member.gone() for member in fresh):
             self._freeze(fresh)
         for member in self._found.values():
@@ -391,12 +394,17 @@ class Members:
         fresh: list[_Member] = []
         if root.pid is not None and not self._found and _is_same(root.pid, root.starttime):
             fresh += self._add(root.pid, me)
-        for pid in children(me):
+        # The youngest first, and each is stopped as it is found: a process that forks and ends at once is
+        # there only for a moment.
+        for pid in reversed(children(me)):
             if pid not in self._known and pid != root.pid and _belongs(pid, root.mark, self._sids):
-                fresh += self._add(pid, me)
+                added = self._add(pid, me)
+                fresh += added
+                for member in added:
+                    self._stop(member)
         queue = list(self._found.values())
         for member in queue:
-            pids = children(member.pid)
+            pids = [] if member.gone() else children(member.pid)
             if pids and not member.gone():  # asked in this order: they were its children, not its successor's
                 for pid in pids:
                     added = self._add(pid, member.pid)
@@ -428,8 +436,11 @@ class Members:
         if stat is None:
             return None
         me = os.getpid()
-        if stat.dead and stat.ppid != me:
-            return None  # its parent's business
+        if stat.dead and pid != self._root.pid:
+            if stat.ppid == me:  # at once: looking at thousands of zombies again would be slower than a fork
+                _reap_nowait(pid, stat.starttime)
+                self._reaped += 1
+            return None  # else its parent's business
         if stat.ppid != parent and not (stat.ppid == me and _belongs(pid, self._root.mark, self._sids)):
             return None
         if stat.session:  # 0: outside of our pid namespace
@@ -441,12 +452,19 @@ class Members:
         deadline = time.perf_counter() + _FREEZING_SECONDS
         for _ in range(_FREEZING_WALKS):
             for member in fresh:
-                self._signal(member, signal.SIGSTOP)
+                self._stop(member)
+            reaped = self._reaped
             fresh = self._walk()
             if time.perf_counter() > deadline:
                 return
-            if not fresh and all(member.refused or member.stands_still() for member in self._found.values()):
+            if fresh or self._reaped != reaped:
+                continue
+            if all(member.refused or member.stands_still() for member in self._found.values()):
                 return
+
+    def _stop(self, member: _Member) -> None:
+        if not member.stopped:
+            member.stopped = self._signal(member, signal.SIGSTOP)
 
     def _signal(self, member: _Member, signum: int) -> bool:
         if member.refused or member.gone():
