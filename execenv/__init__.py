@@ -29,10 +29,12 @@ from execenv._version import __version__
 if TYPE_CHECKING:
     from execenv.abc import KillReceipt, Output, Survivor
     from execenv.environment import CapturedOutput, CompletedProcess, Environment, captured_output
+    from execenv.environment_path import EnvironmentPath
     from execenv.errors import (
         ConnectFailed,
         ConnectionLost,
         ExecenvError,
+        HttpFailed,
         NotSupported,
         OutputGap,
         ProcessFailed,
@@ -41,18 +43,31 @@ if TYPE_CHECKING:
         RpcError,
         UsageError,
     )
+    from execenv.file import BinaryFile, TextFile
+    from execenv.http import FromVariable, HttpResponse, StreamedResponse
     from execenv.open import open_environment
     from execenv.paths import PathUri
     from execenv.process import Process
-    from execenv.protocol import EnvironmentInfo, EnvPolicy
+    from execenv.protocol import (
+        DirectoryEntry,
+        EnvironmentInfo,
+        EnvPolicy,
+        FileMetadata,
+        WalkEntry,
+        WalkError,
+        WalkResult,
+    )
+    from execenv.transfer import Progress, TransferReport
 
 _WHERE = {
     "abc": ("KillReceipt", "Output", "Survivor"),
     "environment": ("CapturedOutput", "CompletedProcess", "Environment", "captured_output"),
+    "environment_path": ("EnvironmentPath",),
     "errors": (
         "ConnectFailed",
         "ConnectionLost",
         "ExecenvError",
+        "HttpFailed",
         "NotSupported",
         "OutputGap",
         "ProcessFailed",
@@ -61,10 +76,21 @@ _WHERE = {
         "RpcError",
         "UsageError",
     ),
+    "file": ("BinaryFile", "TextFile"),
+    "http": ("FromVariable", "HttpResponse", "StreamedResponse"),
     "open": ("open_environment",),
     "paths": ("PathUri",),
     "process": ("Process",),
-    "protocol": ("EnvPolicy", "EnvironmentInfo"),
+    "protocol": (
+        "DirectoryEntry",
+        "EnvPolicy",
+        "EnvironmentInfo",
+        "FileMetadata",
+        "WalkEntry",
+        "WalkError",
+        "WalkResult",
+    ),
+    "transfer": ("Progress", "TransferReport"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
@@ -77,9 +103,11 @@ __all__ = [  # noqa: RUF022 - in the order of _WHERE
     "CompletedProcess",
     "Environment",
     "captured_output",
+    "EnvironmentPath",
     "ConnectFailed",
     "ConnectionLost",
     "ExecenvError",
+    "HttpFailed",
     "NotSupported",
     "OutputGap",
     "ProcessFailed",
@@ -87,11 +115,23 @@ __all__ = [  # noqa: RUF022 - in the order of _WHERE
     "ProtocolViolation",
     "RpcError",
     "UsageError",
+    "BinaryFile",
+    "TextFile",
+    "FromVariable",
+    "HttpResponse",
+    "StreamedResponse",
     "open_environment",
     "PathUri",
     "Process",
+    "DirectoryEntry",
     "EnvPolicy",
     "EnvironmentInfo",
+    "FileMetadata",
+    "WalkEntry",
+    "WalkError",
+    "WalkResult",
+    "Progress",
+    "TransferReport",
 ]
 
 

@@ -8,11 +8,30 @@ call these: `Environment.run` and `Environment.open_process` in `execenv.environ
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterable
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from attrs import frozen
 
-from execenv.protocol import EnvironmentInfo, ProcessReadResult, ProcessStartParams
+from execenv.errors import InternalError
+from execenv.paths import PathUri
+from execenv.protocol import (
+    Base64,
+    DirectoryEntry,
+    EnvironmentConfig,
+    EnvironmentConfigReadParams,
+    EnvironmentInfo,
+    FileMetadata,
+    HttpHeader,
+    HttpRequestParams,
+    HttpRequestResult,
+    OpenMode,
+    ProcessReadResult,
+    ProcessStartParams,
+    WalkOptions,
+    WalkResult,
+)
 
 
 @frozen
@@ -211,6 +230,247 @@ class Processes(ABC):
         """
 
 
+_BLOCK = 1024 * 1024
+
+
+class FileHandle(ABC):
+    """An open file, read or written by position. Not closing it leaks it until its environment closes."""
+
+    @abstractmethod
+    async def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` on; fewer only at the end of the file."""
+
+    @abstractmethod
+    async def write(self, offset: int, data: bytes) -> None:
+        """All of `data`; a gap behind the end is filled with zeros."""
+
+    async def read_blocks(self, offset: int = 0) -> AsyncGenerator[bytes, None]:
+        """All from `offset` to the end, in pieces, as fast as the way to the file allows."""
+        while data := await self.read(offset, _BLOCK):
+            yield data
+            offset += len(data)
+            if len(data) < _BLOCK:
+                return
+
+    async def write_blocks(self, blocks: AsyncIterable[bytes], offset: int = 0) -> int:
+        """Write pieces one behind the other; the offset behind the last one.
+
+        When it fails, any part of what was given may have been written.
+        """
+        async for block in blocks:
+            await self.write(offset, block)
+            offset += len(block)
+        return offset
+
+    @abstractmethod
+    async def close(self, *, sync: bool = False) -> None:
+        """Close it; once is enough, twice does no harm.
+
+        Args:
+            sync: what was written is on the disk when this returns.
+
+        Raises:
+            NotSupported: if `sync` is asked for where there is no such call. It is closed all the same.
+        """
+
+    def read_nowait(self, offset: int, size: int) -> bytes | None:
+        """`read` if that needs no waiting, else `None`."""
+        return None
+
+    def write_nowait(self, offset: int, data: bytes) -> bool:
+        """`write` if that needs no waiting; otherwise false, and nothing was written."""
+        return False
+
+    def close_nowait(self) -> bool:
+        """`close` if that needs no waiting; otherwise false, and it is still open."""
+        return False
+
+
+class Watch(ABC):
+    """See `FileSystem.watch_missing`."""
+
+    @abstractmethod
+    async def wait(self) -> None:
+        """Return when something has changed; from then on always at once."""
+
+
+class FileSystem(ABC):
+    """Files by path (protocol.md §5). Whatever the environment, a failure is the `OSError` of its errno.
+
+    Its `filename` is the path as text. Calls raise `ForeignPathError` for a path of another operating system,
+    and `ConnectionLost` if the environment is gone.
+
+    `x_nowait` is `x` for who cannot wait: `None` or false says that it cannot be done without waiting for a
+    device, and that nothing was done.
+    """
+
+    @abstractmethod
+    async def read_file(self, path: PathUri, *, follow_symlinks: bool = True) -> bytes:
+        """The whole content of a regular file."""
+
+    @abstractmethod
+    async def write_file(self, path: PathUri, data: bytes, *, follow_symlinks: bool = True) -> None:
+        """Make `data` the whole content, in place: an existing file stays the same file with its mode."""
+
+    @abstractmethod
+    async def create_directory(
+        self, path: PathUri, *, recursive: bool = True, follow_symlinks: bool = True
+    ) -> None:
+        """With `recursive`, parents too, and one that exists is no error."""
+
+    @abstractmethod
+    async def get_metadata(self, path: PathUri, *, follow_symlinks: bool = True) -> FileMetadata:
+        """Without `follow_symlinks` a link anywhere in the path is an error."""
+
+    @abstractmethod
+    async def canonicalize(self, path: PathUri) -> PathUri:
+        """The path without symlinks; it must exist."""
+
+    @abstractmethod
+    async def read_directory(self, path: PathUri) -> tuple[DirectoryEntry, ...]:
+        """What is in a directory, in no order, without links that lead nowhere.
+
+        Names that are not UTF-8 have U+FFFD in them; `walk` has the real ones.
+        """
+
+    @abstractmethod
+    async def remove(
+        self,
+        path: PathUri,
+        *,
+        recursive: bool = True,
+        force: bool = True,
+        follow_symlinks: bool = True,
+    ) -> None:
+        """Remove a file, a link itself, or a directory, with `recursive` all that is in it.
+
+        With `force` it is no error if there is none.
+        """
+
+    @abstractmethod
+    async def copy(self, source: PathUri, destination: PathUri, *, recursive: bool) -> None:
+        """Copy a file, link or (with `recursive`) directory within the environment (§5.9)."""
+
+    @abstractmethod
+    async def walk(self, path: PathUri, options: WalkOptions) -> WalkResult:
+        """What is below a directory (§5.10)."""
+
+    @abstractmethod
+    async def open(self, path: PathUri, mode: OpenMode = "read") -> FileHandle:
+        """Open a regular file.
+
+        `"replace"` creates it or makes it empty; `"update"` creates it or leaves what is in it.
+
+        Raises:
+            NotSupported: if the environment cannot do that.
+        """
+
+    @abstractmethod
+    def watch_missing(
+        self, missing: tuple[PathUri, ...], present: PathUri | None = None
+    ) -> AbstractAsyncContextManager[Watch | None]:
+        """Wait until one of `missing` comes into being or something happens to `present`.
+
+        `None` if there is nothing to wait for: one of `missing` is there, or `present` is not.
+        """
+
+    @abstractmethod
+    async def rename(self, source: PathUri, destination: PathUri, *, sync: bool = False) -> None:
+        """Give a file another name, replacing in one step what has that name.
+
+        Args:
+            sync: the new name is on the disk when this returns.
+
+        Raises:
+            NotSupported: if the environment has no such call.
+        """
+
+    @abstractmethod
+    async def set_metadata(
+        self, path: PathUri, *, mode: int | None = None, modified_at_ms: int | None = None
+    ) -> None:
+        """Set the permission bits, or the time of the last change.
+
+        Raises:
+            NotSupported: if the environment has no such call.
+        """
+
+    @abstractmethod
+    async def can_transfer(self) -> bool:
+        """Whether there are `rename`, `set_metadata` and `open` to update."""
+
+    def read_file_nowait(self, path: PathUri) -> bytes | None:
+        return None
+
+    def write_file_nowait(self, path: PathUri, data: bytes) -> bool:
+        return False
+
+    def get_metadata_nowait(self, path: PathUri) -> FileMetadata | None:
+        return None
+
+    def open_nowait(self, path: PathUri, mode: OpenMode) -> FileHandle | None:
+        return None
+
+
+class HttpStream(ABC):
+    """A response whose body is still to be received. Not closing it keeps the request going.
+
+    Attributes:
+        headers: names in lower case, repeats and order kept.
+    """
+
+    status: int
+    headers: tuple[HttpHeader, ...]
+
+    @abstractmethod
+    async def receive(self) -> bytes:
+        """The next piece of the body; `b""` at its end.
+
+        Raises:
+            InternalError: if the rest will not come; the text is that of protocol.md §7.2.
+            ConnectionLost: if the environment is gone.
+        """
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Give up what has not been received. Twice does no harm."""
+
+
+class HttpClient(ABC):
+    """HTTP requests that the environment makes (protocol.md §7)."""
+
+    @abstractmethod
+    async def open_stream(self, params: HttpRequestParams) -> HttpStream:
+        """Send a request and return when its response begins. Any status is a success.
+
+        Which request of the connection it is, is not the caller's business: `request_id`, `stream_response`
+        and `body_window` of `params` are ignored.
+
+        Raises:
+            InvalidParams: if there can be no such request. Nothing was sent.
+            InternalError: if no response came. The texts are those of protocol.md §7.
+            NotSupported: if the environment cannot do what `params` asks.
+        """
+
+    async def request(self, params: HttpRequestParams) -> HttpRequestResult:
+        """The same with the whole body."""
+        stream = await self.open_stream(params)
+        try:
+            pieces = []
+            while piece := await stream.receive():
+                pieces.append(piece)
+        except InternalError as error:
+            raise body_failed(error) from error.__cause__
+        finally:
+            await stream.aclose()
+        return HttpRequestResult(stream.status, stream.headers, Base64(b"".join(pieces)))
+
+
+def body_failed(error: InternalError) -> InternalError:
+    """What a request for the whole body fails with when its stream has failed."""
+    return InternalError(f"failed to read http/request response body: {error.message}")
+
+
 class EnvironmentBackend(ABC):
     """An environment that is open: its capabilities as attributes."""
 
@@ -218,9 +478,19 @@ class EnvironmentBackend(ABC):
     """For messages to people: `local`, `websocket ws://127.0.0.1:8765/`."""
 
     processes: Processes
+    files: FileSystem
+    http: HttpClient
 
     @abstractmethod
     async def info(self) -> EnvironmentInfo: ...
+
+    @abstractmethod
+    async def read_config(self, params: EnvironmentConfigReadParams) -> EnvironmentConfig:
+        """What the files of a codex at the environment configure, of the keys in `params` (§8.3).
+
+        Raises:
+            InternalError: if a file cannot be read, with its name and line.
+        """
 
     @abstractmethod
     async def status(self) -> str:

@@ -7,6 +7,7 @@ are put together from a template, because that is ten times cheaper than buildin
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from functools import cache, partial
@@ -18,13 +19,16 @@ from attrs import fields, frozen, has
 
 from execenv.errors import InvalidParams
 from execenv.paths import PathUri, PathUriError
-from execenv.protocol import U64, Base64, Unit
+from execenv.protocol import U64, Base64, Base64Text, Unit
 
 if TYPE_CHECKING:
     from cattrs import Converter
 
 MAX_VALUES = 262_144
 MAX_DEPTH = 127
+LONG = 32 * 1024
+"""Bytes of a message from which on its base64 is handled apart."""
+
 CONNECTION_LEVEL_ID = -1
 """The id of an error about a message that could not be parsed (§2.4)."""
 
@@ -69,13 +73,26 @@ Message = Request | NotificationMessage | Response | ErrorMessage
 # Decoding.
 
 
-def decode(data: bytes) -> Message:
+def decode(data: bytes, *, limited: bool = True) -> Message:
     """One message from its bytes.
+
+    Args:
+        limited: refuse more than `MAX_VALUES` values. Answers that were asked for have no such limit.
 
     Raises:
         MalformedMessage: if the bytes are no message, for any reason of §2-§2.1.
     """
-    if len(data) > 2 * MAX_VALUES:
+    if len(data) > LONG:
+        cut = _cut_payload(data)
+        if cut is not None:
+            shell, payload = cut
+            message = decode(shell, limited=limited)
+            return message if _put_back(message, payload) else _decode(data, limited=limited)
+    return _decode(data, limited=limited)
+
+
+def _decode(data: bytes, *, limited: bool) -> Message:
+    if limited and len(data) > 2 * MAX_VALUES:
         _check_size(data)
     try:
         value = orjson.loads(data)
@@ -83,8 +100,44 @@ def decode(data: bytes) -> Message:
         raise MalformedMessage(str(error)) from None
     if type(value) is not dict:
         raise MalformedMessage("expected a JSON-RPC object")
-    _check_limits(data, value)
+    if limited:
+        _check_limits(data, value)
     return _classify(value)
+
+
+# A large file is nearly all of its message: a string that only base64 will look at. It is cut out before the
+# JSON is parsed, and put back as a view of the message: no copy of it as text, no look at each character for
+# the limits. In valid JSON, what follows the opening quote of a member up to the next quote is the string,
+# if there is no backslash in it; and what is not valid without it is not valid with it.
+
+
+def _cut_payload(data: bytes) -> tuple[bytes, memoryview] | None:
+    """The message with a placeholder in the place of its base64, and the base64."""
+    for opening in _PAYLOADS:
+        start = data.find(opening, 0, LONG)
+        if start >= 0:
+            start += len(opening)
+            end = data.find(b'"', start)
+            if end - start > LONG and data.find(b"\\", start, end) < 0:
+                return data[:start] + _PLACEHOLDER + data[end:], memoryview(data)[start:end]
+    return None
+
+
+def _put_back(message: Message, payload: memoryview) -> bool:
+    holder = message.params if isinstance(message, Request | NotificationMessage) else None
+    if isinstance(message, Response):
+        holder = message.result
+    if isinstance(holder, dict):
+        for name, value in holder.items():
+            if value == _TEXT:
+                holder[name] = payload
+                return True
+    return False
+
+
+_PAYLOADS = (b'"dataBase64":"', b'"chunk":"', b'"bodyBase64":"', b'"deltaBase64":"')
+_TEXT = f"<{os.urandom(16).hex()}>"  # nobody else can know it
+_PLACEHOLDER = _TEXT.encode()
 
 
 def _classify(value: dict[str, Json]) -> Message:
@@ -149,7 +202,8 @@ def _check_limits(data: bytes, value: dict[str, Json]) -> None:
     """
     keys = _count_keys(value, 0)
     colons = data.count(b":") - data.count(b'"file:')
-    if colons != keys or len(data) > 2 * MAX_VALUES:
+    many = len(data) > 2 * MAX_VALUES and data.count(b",") + data.count(b"[") + data.count(b":") > MAX_VALUES
+    if colons != keys or many:
         bare = _STRING.sub(b"", data)
         if bare.count(b":") != keys:
             raise MalformedMessage("duplicate field")
@@ -210,6 +264,23 @@ def encode_result(id_: Id, result: Json) -> bytes:
     return orjson.dumps({"id": id_, "result": result})
 
 
+RESULT_TAIL = b"}"
+
+
+def result_head(id_: Id) -> bytes:
+    """What comes before the JSON of a result; `RESULT_TAIL` comes behind it."""
+    return b'{"id":%b,"result":' % orjson.dumps(id_)
+
+
+def base64_member(name: str, data: bytes, rest: str = "") -> Json:
+    """A result `{name: base64 of data, ...}` encoded without a detour over text; `rest` is JSON members."""
+    return orjson.Fragment(b'{"%b":"%b"%b}' % (name.encode(), pybase64.b64encode(data), rest.encode()))
+
+
+def encode_base64(data: bytes) -> bytes:
+    return pybase64.b64encode(data)
+
+
 def encode_error(id_: Id, code: int, message: str) -> bytes:
     try:
         return orjson.dumps({"error": {"code": code, "message": message}, "id": id_})
@@ -229,6 +300,41 @@ class OutputTemplate:
         """The message in three buffers; the middle one is the base64 of `chunk`."""
         head = b'%b,"seq":%d,"stream":"%b","chunk":"' % (self._head, seq, stream.encode())
         return head, pybase64.b64encode(chunk), b'"}}'
+
+
+def http_result(status: int, headers: list[dict[str, str]], body: bytes) -> Json:
+    """The result of `http/request`; the same as encoding `HttpRequestResult`."""
+    return base64_member("bodyBase64", body, "," + _http_head(status, headers).decode())
+
+
+def http_result_head(status: int, headers: list[dict[str, str]]) -> bytes:
+    """The same up to the base64 of the body; `HTTP_RESULT_TAIL` comes behind it."""
+    return b'{%b,"bodyBase64":"' % _http_head(status, headers)
+
+
+HTTP_RESULT_TAIL = b'"}'
+
+
+def _http_head(status: int, headers: list[dict[str, str]]) -> bytes:
+    return b'"status":%d,"headers":%b' % (status, orjson.dumps(headers))
+
+
+class HttpDeltaTemplate:
+    """`http/request/bodyDelta` of one stream as bytes; the same as encoding `HttpBodyDeltaParams`."""
+
+    __slots__ = ("_head",)
+
+    def __init__(self, request_id: str) -> None:
+        self._head = b'{"method":"http/request/bodyDelta","params":{"requestId":' + orjson.dumps(request_id)
+
+    def encode(self, seq: int, delta: bytes) -> tuple[bytes, bytes, bytes]:
+        """A piece in three buffers; the middle one is its base64."""
+        head = b'%b,"seq":%d,"deltaBase64":"' % (self._head, seq)
+        return head, pybase64.b64encode(delta), b'","done":false,"error":null}}'
+
+    def encode_end(self, seq: int, error: str | None) -> bytes:
+        end = b'%b,"seq":%d,"deltaBase64":"","done":true,"error":%b}}'
+        return end % (self._head, seq, orjson.dumps(error))
 
 
 # Values.
@@ -264,6 +370,11 @@ def encoded(value: object) -> Json:
     return orjson.Fragment(orjson.dumps(unstructure(value)))
 
 
+def encoded_json(value: Json) -> Json:
+    """JSON values encoded as they are, for results of which there may be very many."""
+    return orjson.Fragment(orjson.dumps(value))
+
+
 def _structure_unit(value: Json, cls: type[T]) -> T:
     if value is None or value == {}:
         return cls()
@@ -295,6 +406,8 @@ def _wrong_type(value: Json, expected: str) -> str:
         found = "boolean"
     elif isinstance(value, int | float):
         found = "number"
+    elif isinstance(value, memoryview):
+        found = "string"
     elif isinstance(value, str):
         found = f'string "{value[:80]}"' if expected == "u64" else "string"
     else:
@@ -339,7 +452,8 @@ def _structure_path(value: Json, _: object) -> PathUri:
 
 
 def _structure_literal(value: Json, kind: Any) -> Any:
-    _structure_str(value, None)
+    if type(value) is not str:
+        raise InvalidParams(_wrong_type(value, "string or map"))
     variants = get_args(kind)
     if value not in variants:
         known = " or ".join(f"`{variant}`" for variant in variants)
@@ -367,10 +481,14 @@ def _structure_map(value: Json, kind: Any) -> dict[str, Any]:
 
 
 def _structure_base64(value: Json, _: object) -> Base64:
-    return Base64(decode_base64(_structure_str(value, None)))
+    return Base64(decode_base64(_structure_text(value, None)))
 
 
-def decode_base64(text: str) -> bytes:
+def _structure_text(value: Json, _: object) -> Base64Text:
+    return value if type(value) is memoryview else _structure_str(value, None)
+
+
+def decode_base64(text: Base64Text) -> bytes:
     """Standard alphabet, padded, no white space, trailing bits zero (§2).
 
     Raises:
@@ -379,13 +497,17 @@ def decode_base64(text: str) -> bytes:
     try:
         data = pybase64.b64decode(text, validate=True)
     except ValueError:
-        raise InvalidParams(_base64_fault(text)) from None
-    if text.endswith("=") and pybase64.b64encode(data[-1:] if text.endswith("==") else data[-2:]) != (
-        text[-4:].encode()
-    ):
-        at = text.index("=") - 1
-        raise InvalidParams(f"Invalid last symbol {ord(text[at])}, offset {at}.")
+        raise InvalidParams(_base64_fault(_as_str(text))) from None
+    tail = _as_str(text[-4:])
+    last = data[-1:] if tail[2:] == "==" else data[-2:]
+    if tail.endswith("=") and pybase64.b64encode_as_string(last) != tail:
+        at = len(text) - 4 + tail.index("=") - 1
+        raise InvalidParams(f"Invalid last symbol {ord(tail[tail.index('=') - 1])}, offset {at}.")
     return data
+
+
+def _as_str(text: Base64Text) -> str:
+    return text if isinstance(text, str) else bytes(text).decode(errors="replace")
 
 
 _SYMBOLS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")
@@ -449,6 +571,7 @@ def converter() -> Converter:
     conv.register_structure_hook(float, _structure_float)
     conv.register_structure_hook_func(lambda kind: kind is U64, _structure_u64)
     conv.register_structure_hook_func(lambda kind: kind is Base64, _structure_base64)
+    conv.register_structure_hook_func(lambda kind: kind is Base64Text, _structure_text)
     conv.register_structure_hook_func(lambda kind: kind is PathUri, _structure_path)
     conv.register_unstructure_hook(PathUri, lambda path: path.uri)
     conv.register_unstructure_hook_func(

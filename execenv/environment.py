@@ -16,6 +16,7 @@ from attrs import Factory, define, frozen
 
 from execenv._service import open_nursery
 from execenv.abc import EnvironmentBackend, KillReceipt
+from execenv.environment_path import EnvironmentPath
 from execenv.errors import (
     ConnectionLost,
     ExecenvError,
@@ -26,6 +27,8 @@ from execenv.errors import (
     RpcError,
     UsageError,
 )
+from execenv.files import AnyPath, Files
+from execenv.http import Http
 from execenv.paths import PathUri, PathUriError
 from execenv.process import Inbox, Process
 from execenv.protocol import EnvironmentInfo, EnvPolicy, ProcessStartParams
@@ -90,11 +93,15 @@ class Environment:
 
     Attributes:
         name: for messages, such as `local` or `websocket ws://127.0.0.1:8765/`.
+        files: its files, see `Files`.
+        http: requests that it makes, see `Http`.
     """
 
     def __init__(self, backend: EnvironmentBackend) -> None:
         self.name = backend.name
         self._backend = backend
+        self.files = Files(backend.files, self._locate)
+        self.http = Http(backend)
         self._numbers = count(1)
         self._token = os.urandom(4).hex()
 
@@ -114,14 +121,22 @@ class Environment:
         """`"ready"` when the environment answers and can run things."""
         return await self._backend.status()
 
+    def path(self, path: str | PathUri) -> EnvironmentPath:
+        """A path object for the files of this environment. The path must be absolute.
+
+        Raises:
+            PathUriError: if it is not.
+        """
+        return EnvironmentPath(self.files, path if isinstance(path, PathUri) else PathUri.parse(path))
+
     async def run(
         self,
-        argv: Sequence[str],
+        argv: Sequence[str | EnvironmentPath],
         *,
         input: bytes | None = None,  # noqa: A002 - the name that subprocess has for it
         capture: bool | CapturedOutput = True,
         check: bool = True,
-        cwd: str | os.PathLike[str] | PathUri | None = None,
+        cwd: AnyPath | os.PathLike[str] | None = None,
         env: Mapping[str, str] | None = None,
         extra_env: Mapping[str, str] | None = None,
         env_policy: EnvPolicy | None = None,
@@ -140,7 +155,7 @@ class Environment:
 
         Args:
             argv: program and arguments. No shell is involved.
-            cwd: the environment's own working directory if `None`.
+            cwd: the environment's own working directory if `None`; a relative one is from there.
             env: the complete environment, if given. Else that of the environment.
             extra_env: laid over it.
             env_policy: how to make it from the environment's own variables instead.
@@ -195,10 +210,10 @@ class Environment:
     @asynccontextmanager
     async def open_process(
         self,
-        argv: Sequence[str],
+        argv: Sequence[str | EnvironmentPath],
         *,
         stdin: bool = False,
-        cwd: str | os.PathLike[str] | PathUri | None = None,
+        cwd: AnyPath | os.PathLike[str] | None = None,
         env: Mapping[str, str] | None = None,
         extra_env: Mapping[str, str] | None = None,
         env_policy: EnvPolicy | None = None,
@@ -231,9 +246,9 @@ class Environment:
     async def start_detached(
         self,
         name: str,
-        argv: Sequence[str],
+        argv: Sequence[str | EnvironmentPath],
         *,
-        cwd: str | os.PathLike[str] | PathUri | None = None,
+        cwd: AnyPath | os.PathLike[str] | None = None,
         env: Mapping[str, str] | None = None,
         extra_env: Mapping[str, str] | None = None,
         env_policy: EnvPolicy | None = None,
@@ -274,9 +289,9 @@ class Environment:
 
     async def _start(
         self,
-        argv: Sequence[str],
+        argv: Sequence[str | EnvironmentPath],
         stdin: bool,
-        cwd: str | os.PathLike[str] | PathUri | None,
+        cwd: AnyPath | os.PathLike[str] | None,
         env: Mapping[str, str] | None,
         extra_env: Mapping[str, str] | None,
         env_policy: EnvPolicy | None,
@@ -290,7 +305,7 @@ class Environment:
         if env is not None and env_policy is not None:
             raise UsageError("env is the complete environment: give either env or env_policy")
         try:
-            where = await self._cwd(cwd)
+            where = await (self._working_directory() if cwd is None else self._locate(cwd))
             params = ProcessStartParams(
                 process_id=f"{self._token}-{next(self._numbers)}" if detached_as is None else detached_as,
                 argv=words,
@@ -308,13 +323,23 @@ class Environment:
             raise ProcessNotStarted(words[0], self.name, str(error)) from error
         return Process(backend, inbox, words, self.name, stdin=stdin or tty, tty=tty)
 
-    async def _cwd(self, cwd: str | os.PathLike[str] | PathUri | None) -> PathUri:
-        if isinstance(cwd, PathUri):
-            return cwd
-        if cwd is not None:
-            return PathUri.parse(os.fspath(cwd))
-        info = await self.info()
-        return info.cwd or PathUri.parse("file:///")
+    async def _locate(self, path: AnyPath | os.PathLike[str]) -> PathUri:
+        if isinstance(path, PathUri):
+            return path
+        if isinstance(path, EnvironmentPath):
+            if path._files is not self.files:
+                raise UsageError(f"{path} belongs to another environment: copy it by EnvironmentPath.copy_to")
+            return path.uri
+        text = os.fspath(path)
+        try:
+            return PathUri.parse(text)
+        except PathUriError:
+            if text.startswith("file:") or not text:
+                raise
+        return (await self._working_directory()).join(text)
+
+    async def _working_directory(self) -> PathUri:
+        return (await self.info()).cwd or PathUri.parse("file:///")
 
     async def _end(self, process: Process, *, body_failed: bool) -> None:
         backend, inbox = process._backend, process._inbox
@@ -335,13 +360,13 @@ class Environment:
             backend.release()
 
 
-def _checked_argv(argv: Sequence[str]) -> tuple[str, ...]:
+def _checked_argv(argv: Sequence[str | EnvironmentPath]) -> tuple[str, ...]:
     if isinstance(argv, str | bytes):
         raise UsageError(
             f"argv must be a list of strings, not one string: write [{argv!r}], "
             f"or for a shell ['sh', '-c', {argv!r}]"
         )
-    words = tuple(os.fspath(word) for word in argv)
+    words = tuple(str(word) if isinstance(word, EnvironmentPath) else os.fspath(word) for word in argv)
     if not words:
         raise UsageError("argv must name a program")
     return words

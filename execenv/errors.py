@@ -5,21 +5,28 @@ The tree says whose fault an error is:
 * `RpcError` and its subclasses: the other side answered, with an error. `code` and `message` are its own.
 * `ConnectionLost`, `ConnectFailed`: nobody answered. The connection is gone, or never was.
 * `ProcessNotStarted`, `ProcessFailed`: the program could not be run, or ended badly.
+* `HttpFailed`: the environment answered, but the server that it was to ask did not, or not well.
 * `OutputGap`: output was lost for good; what follows it is still delivered.
 * `UsageError`: the call itself was wrong; its message shows the right one.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import errno
+import os
+import re
+from functools import cache
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from execenv.abc import KillReceipt
+    from execenv.paths import PathUri
 
 __all__ = [
     "ConnectFailed",
     "ConnectionLost",
     "ExecenvError",
+    "HttpFailed",
     "InternalError",
     "InvalidParams",
     "InvalidRequest",
@@ -34,6 +41,10 @@ __all__ = [
     "SessionAttached",
     "UsageError",
     "error_from_code",
+    "error_from_os",
+    "file_error",
+    "os_error_text",
+    "os_from_error",
 ]
 
 
@@ -125,6 +136,76 @@ def error_from_code(code: int, message: str) -> RpcError:
     return _BY_CODE.get(code, RpcError)(message, code)
 
 
+def file_error(number: int, path: PathUri, words: str | None = None) -> OSError:
+    """The `OSError` of an errno, of its own subclass, with `path` as text for its `filename`.
+
+    Args:
+        words: for `strerror`, where there is more to say than the errno does.
+    """
+    return OSError(number, words or os.strerror(number), path.text)
+
+
+def os_error_text(error: OSError) -> str:
+    """`No such file or directory (os error 2)`, as the reference words an error of the system."""
+    if error.errno is None:
+        return str(error)
+    return f"{os.strerror(error.errno)} (os error {error.errno})"
+
+
+_REFUSED = frozenset((errno.EACCES, errno.EPERM, errno.EINVAL))
+_FAILED = frozenset((errno.ENOTSUP,))
+
+
+def error_from_os(error: OSError) -> RpcError:
+    """The error object for an error of the system, by its kind (protocol.md §5).
+
+    Words other than those of the system go as they are.
+    """
+    number = error.errno or 0
+    if number and error.strerror != os.strerror(number):
+        return (InternalError if number in _FAILED else InvalidRequest)(error.strerror or str(error))
+    if number == errno.ENOENT:
+        return NotFound(os_error_text(error))
+    return (InvalidRequest if number in _REFUSED else InternalError)(os_error_text(error))
+
+
+_OS_ERROR = re.compile(r"(.*) \(os error (\d+)\)", re.DOTALL)
+_WORDS = (
+    ("is not a file", errno.EINVAL),
+    ("file is too large", errno.EFBIG),
+    ("path contains a symbolic link", errno.ELOOP),
+    ("fs/copy requires recursive", errno.EISDIR),
+    ("at most 128 file handles", errno.EMFILE),
+    ("recursive no-follow removal", errno.ENOTSUP),
+)
+
+
+def os_from_error(error: RpcError, path: PathUri) -> Exception:
+    """What to raise for the answer to a call about `path`: an `OSError`, if it is about the file.
+
+    The words decide before the number, which is that of the other side's operating system.
+    """
+    if isinstance(error, MethodNotFound):
+        return NotSupported(f"the environment cannot do that with files: {error.message}")
+    found = _OS_ERROR.fullmatch(error.message)
+    if found:
+        number = _errnos().get(found[1]) or int(found[2])
+        return file_error(number, path)
+    if isinstance(error, NotFound):
+        return file_error(errno.ENOENT, path, error.message)
+    for words, number in _WORDS:
+        if words in error.message:
+            return file_error(number, path, error.message)
+    if isinstance(error, InvalidRequest):
+        return file_error(errno.EINVAL, path, error.message)
+    return error
+
+
+@cache
+def _errnos() -> dict[str, int]:
+    return {os.strerror(number): number for number in errno.errorcode}
+
+
 class ProcessNotStarted(ExecenvError):
     """A program could not be started. `__cause__` is the error that says why.
 
@@ -171,6 +252,29 @@ class ProcessFailed(ExecenvError):
         text = str(self.args[0])
         tail = (self.stderr or b"").strip().splitlines()[-1:]
         return f"{text}: {tail[0].decode(errors='replace')}" if tail else text
+
+
+HttpFailure = Literal["invalid", "request", "redirect", "body", "timeout"]
+
+
+class HttpFailed(ExecenvError):
+    """An HTTP request that an environment was to make got no response, or not all of it.
+
+    Attributes:
+        method: of the request.
+        url: without credentials and query.
+        environment: the name of the environment that was to make it.
+        kind: `"invalid"`: there can be no such request, nothing was sent; `"request"`: no response came, for
+            whatever reason; `"redirect"`: too many, or one that leads out of HTTP; `"body"`: the response
+            broke off; `"timeout"`: the time that it was given is over.
+    """
+
+    def __init__(self, method: str, url: str, environment: str, kind: HttpFailure, reason: str) -> None:
+        super().__init__(f"{method} {url} in {environment}: {reason}")
+        self.method = method
+        self.url = url
+        self.environment = environment
+        self.kind = kind
 
 
 class OutputGap(ExecenvError):

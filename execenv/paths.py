@@ -163,6 +163,18 @@ class PathUri:
         return _unquote(self.uri[len(_POSIX_ROOT) :].encode())
 
     @property
+    def text(self) -> str:
+        r"""The path as its own system writes it: `/a/b`, `C:\a`, `\\host\share\a`. A fallback stays a URI."""
+        if self.is_fallback:
+            return self.uri
+        path = os.fsdecode(_unquote(self.uri[len(_POSIX_ROOT) :].encode()))
+        if not _FOREIGN.match(self.uri):
+            return path
+        if path.startswith("/"):
+            return path.lstrip("/").replace("/", "\\")
+        return "\\\\" + path.replace("/", "\\")
+
+    @property
     def is_fallback(self) -> bool:
         """Whether this is an opaque token for a path that has no ordinary URI."""
         return self.uri.startswith(_FALLBACK)

@@ -10,8 +10,8 @@ before it starts to wait.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from contextlib import aclosing, asynccontextmanager, suppress
 from itertools import count
 from logging import getLogger
 from types import CoroutineType
@@ -34,7 +34,9 @@ from execenv.errors import (
     ProtocolViolation,
     RpcError,
     error_from_code,
+    error_from_os,
 )
+from execenv.paths import ForeignPathError
 from execenv.protocol import Method, Nothing, Notification
 from execenv.transports.channel import Channel
 
@@ -63,6 +65,58 @@ class Route(Generic[P, R]):
     method: Method[P, R]
     handler: Callable[[P], R | Coroutine[Any, Any, R]]
     alone: bool = False
+
+
+@frozen
+class Streamed:
+    """A result as pieces of its JSON, made while they are sent. What fails before the first piece is an error
+    as any other; later it ends the connection, since half an answer has gone out."""
+
+    parts: AsyncGenerator[bytes, None]
+
+
+@frozen
+class Answer(Generic[R]):
+    """A result, and what follows it: `then` is called when the result is queued, before anything else can be
+    sent."""
+
+    result: R
+    then: Callable[[], object]
+
+
+class Call(Generic[R]):
+    """A request that was sent. Got from `Peer.call_nowait`."""
+
+    __slots__ = ("_forget", "_result", "_task", "method")
+
+    def __init__(self, method: Method[Any, R], forget: Callable[[], object]) -> None:
+        self.method = method
+        self._forget = forget
+        self._result: outcome.Outcome[R] | None = None
+        self._task: trio.lowlevel.Task | None = None
+
+    async def wait(self) -> R:
+        """The answer. For one task, once; if that is cancelled, the answer is dropped."""
+        if self._result is not None:
+            await trio.lowlevel.checkpoint()
+            return self._result.unwrap()
+        self._task = trio.lowlevel.current_task()
+
+        def abort(_: object) -> trio.lowlevel.Abort:
+            self.drop()
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        return await trio.lowlevel.wait_task_rescheduled(abort)  # type: ignore[no-any-return]
+
+    def drop(self) -> None:
+        """Nobody wants the answer any more."""
+        self._forget()
+
+    def settle(self, result: outcome.Outcome[R]) -> None:
+        if self._task is not None:
+            trio.lowlevel.reschedule(self._task, result)
+        else:
+            self._result = result
 
 
 class Peer:
@@ -94,11 +148,12 @@ class Peer:
         self._guard = guard
         self._strict = strict
         self._ids = count(1)
-        self._waiting: dict[Id, tuple[trio.lowlevel.Task, Method[Any, Any]]] = {}
+        self._waiting: dict[Id, Call[Any]] = {}
         self._held: deque[bytes] | None = None
         self._alone = False
         self._ending = False
         self._turns = trio.StrictFIFOLock()
+        self._streaming = trio.StrictFIFOLock()
         self._requests = 0
         self._request_bytes = 0
         self._nursery: trio.Nursery | None = None
@@ -113,8 +168,8 @@ class Peer:
         finally:
             self._nursery = None
             self.channel.close_nowait()
-            for task, _ in self._waiting.values():
-                trio.lowlevel.reschedule(task, outcome.Error(self.channel.lost()))
+            for call in self._waiting.values():
+                call.settle(outcome.Error(self.channel.lost()))
             self._waiting.clear()
 
     # Calling.
@@ -129,15 +184,18 @@ class Peer:
         channel = self.channel
         if channel.congested:
             await channel.wait_room()
+        return await self.call_nowait(method, params).wait()
+
+    def call_nowait(self, method: Method[P, R], params: P) -> Call[R]:
+        """Send a request, behind all that were sent before, and wait for its answer another time, or never.
+
+        Raises:
+            ConnectionLost: if the connection has ended.
+        """
         id_ = next(self._ids)
-        channel.send_nowait(codec.encode_request(id_, method.name, codec.unstructure(params)))
-        self._waiting[id_] = (trio.lowlevel.current_task(), method)
-
-        def abort(_: object) -> trio.lowlevel.Abort:
-            self._waiting.pop(id_, None)
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        return await trio.lowlevel.wait_task_rescheduled(abort)  # type: ignore[no-any-return]
+        self.channel.send_nowait(codec.encode_request(id_, method.name, codec.unstructure(params)))
+        call = self._waiting[id_] = Call(method, lambda: self._waiting.pop(id_, None))
+        return call
 
     def notify(self, notification: Notification[P], params: P) -> None:
         """Queue a notification.
@@ -160,7 +218,7 @@ class Peer:
 
     def _handle(self, data: bytes) -> None:
         try:
-            message = codec.decode(data)
+            message = codec.decode(data, limited=self._strict)
         except codec.MalformedMessage as error:
             self._malformed(error)
             return
@@ -221,13 +279,22 @@ class Peer:
         self, id_: Id, route: Route[Any, Any], handling: Coroutine[Any, Any, Any], size: int
     ) -> None:
         try:
+            then: Callable[[], object] | None = None
             try:
                 result = await handling
                 await self._wait_room()
+                if type(result) is Streamed:
+                    await self._stream(id_, result)
+                    return
+                if type(result) is Answer:
+                    result, then = result.result, result.then
                 answer = _encode_result(id_, result)
             except Exception as error:
                 answer = _encode_failure(id_, route.method.name, error)
+                then = None
             self._send(answer)
+            if then is not None and not self.channel.closed:
+                then()
         finally:
             self._requests -= 1
             self._request_bytes -= size
@@ -235,6 +302,19 @@ class Peer:
                 self._idle.unpark_all()
         if route.alone:
             await self._release_held()
+
+    async def _stream(self, id_: Id, result: Streamed) -> None:
+        # In turn from the beginning: a thousand that wait must not hold a thousand files open.
+        async with self._streaming, aclosing(result.parts) as parts:
+            part = await anext(parts)
+            try:
+                async with self.channel.open_message() as send:
+                    await send(codec.result_head(id_) + part)
+                    async for part in parts:
+                        await send(part)
+                    await send(codec.RESULT_TAIL)
+            except Exception as error:
+                self._end(f"a long answer could not be finished: {error}")
 
     async def _wait_room(self) -> None:
         """Until the peer takes what it asked for before, an answer stays what it is made of: output that is
@@ -280,24 +360,23 @@ class Peer:
             self._end(f"exec-server notification handling failed: {message.method}: {error}")
 
     def _answer(self, message: codec.Response | codec.ErrorMessage) -> None:
-        waiting = self._waiting.pop(message.id, None)
-        if waiting is None:
+        call = self._waiting.pop(message.id, None)
+        if call is None:
             if self._strict:
                 self._end("an answer to no request")
             elif message.id == codec.CONNECTION_LEVEL_ID and isinstance(message, codec.ErrorMessage):
                 logger.warning("the exec-server could not parse a message: %s", message.message)
             return
-        task, method = waiting
         result: outcome.Outcome[Any]
         if isinstance(message, codec.ErrorMessage):
             result = outcome.Error(error_from_code(message.code, message.message))
         else:
             try:
-                result = outcome.Value(_structure_result(message.result, method.result))
+                result = outcome.Value(_structure_result(message.result, call.method.result))
             except InvalidParams as error:
-                text = f"the answer to {method.name} does not decode: {error}"
+                text = f"the answer to {call.method.name} does not decode: {error}"
                 result = outcome.Error(ProtocolViolation(text))
-        trio.lowlevel.reschedule(task, result)
+        call.settle(result)
 
     # Sending.
 
@@ -328,6 +407,11 @@ def _encode_result(id_: Id, result: object) -> bytes:
 def _encode_failure(id_: Id, method: str, error: Exception) -> bytes:
     if isinstance(error, RpcError):
         return codec.encode_error(id_, error.code, error.message)
+    if isinstance(error, OSError):
+        error = error_from_os(error)
+        return codec.encode_error(id_, error.code, error.message)
+    if isinstance(error, ForeignPathError):
+        return codec.encode_error(id_, InvalidRequest.code, str(error))
     if isinstance(error, NotSupported | ConnectionLost):
         return codec.encode_error(id_, InternalError.code, str(error))
     logger.error("handling %s failed", method, exc_info=error)

@@ -10,14 +10,35 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from textwrap import dedent
+from typing import cast
 
 import trio
 from attrs import Factory, define
 
-from execenv.abc import EnvironmentBackend, Event, KillReceipt, Process, Processes, Sink, Termination
+from execenv.abc import (
+    EnvironmentBackend,
+    Event,
+    HttpClient,
+    KillReceipt,
+    Process,
+    Processes,
+    Sink,
+    Termination,
+)
 from execenv.errors import ConnectionLost, InternalError, InvalidRequest
+from execenv.local.filesystem import LocalFileSystem
+from execenv.local.mounts import Mounts
 from execenv.local.output_log import OutputLog
-from execenv.protocol import EnvironmentInfo, ProcessReadResult, ProcessStartParams, Shell
+from execenv.protocol import (
+    EnvironmentConfig,
+    EnvironmentConfigReadParams,
+    EnvironmentInfo,
+    ProcessReadResult,
+    ProcessStartParams,
+    Shell,
+)
+
+MOUNTS = Mounts()
 
 
 def python(code: str, *args: str) -> list[str]:
@@ -232,6 +253,8 @@ class FakeEnvironment(EnvironmentBackend):
         self.name = "fake"
         self.fakes = FakeProcesses()
         self.processes = self.fakes
+        self.files = LocalFileSystem(MOUNTS)
+        self.http = cast(HttpClient, None)  # no test with this one asks for HTTP
         self.closed = False
         self.may_inform = trio.Event()
         self.may_inform.set()
@@ -243,6 +266,9 @@ class FakeEnvironment(EnvironmentBackend):
     async def status(self) -> str:
         await trio.lowlevel.checkpoint()
         return "ready"
+
+    async def read_config(self, params: EnvironmentConfigReadParams) -> EnvironmentConfig:
+        raise NotImplementedError
 
 
 class FakeHost:

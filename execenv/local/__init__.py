@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 
 import trio
 
 from execenv._service import open_nursery
 from execenv.abc import EnvironmentBackend
+from execenv.local.filesystem import LocalFileSystem
+from execenv.local.http import LocalHttpClient, open_http
 from execenv.local.info import local_info
+from execenv.local.mounts import Mounts
 from execenv.local.output_log import RETAINED_BYTES
 from execenv.local.processes import LocalProcesses
+from execenv.local.threads import run_in_thread
 from execenv.local.tree import Marks, mark_myself, subreaper
 from execenv.local.watchdog import Watchdog, open_watchdog
-from execenv.protocol import EnvironmentInfo
+from execenv.protocol import EnvironmentConfig, EnvironmentConfigReadParams, EnvironmentInfo
 
 __all__ = ["Guard", "LocalEnvironment", "open_guard", "open_local"]
 
 
 class Guard:
-    """What all local environments of one program share: marks for its children, and the watchdog."""
+    """What all local environments of one program share: marks for its children, the watchdog, the mounts, and
+    connections to HTTP servers."""
 
-    def __init__(self, marks: Marks, watchdog: Watchdog) -> None:
+    def __init__(self, marks: Marks, watchdog: Watchdog, mounts: Mounts, http: LocalHttpClient) -> None:
+        self.http = http
         self.marks = marks
+        self.mounts = mounts
         self.watchdog = watchdog
 
 
@@ -40,19 +47,29 @@ async def open_guard(*, whole_program: bool = False) -> AsyncIterator[Guard]:
         mark_myself(marks.prefix)
     with subreaper():
         async with open_watchdog(marks.prefix, sys.executable) as watchdog:
-            yield Guard(marks, watchdog)
+            with closing(Mounts()) as mounts:
+                async with open_http() as http:
+                    yield Guard(marks, watchdog, mounts, http)
 
 
 class LocalEnvironment(EnvironmentBackend):
-    def __init__(self, processes: LocalProcesses) -> None:
+    def __init__(self, processes: LocalProcesses, files: LocalFileSystem, http: LocalHttpClient) -> None:
         self.name = "local"
+        self.http = http
         self.processes = processes
+        self.files = files
         self._info: EnvironmentInfo | None = None
+        self._config_limiter = trio.CapacityLimiter(1)
 
     async def info(self) -> EnvironmentInfo:
         if self._info is None:
             self._info = local_info()
         return self._info
+
+    async def read_config(self, params: EnvironmentConfigReadParams) -> EnvironmentConfig:
+        from execenv.local.codex_config import read_config
+
+        return await run_in_thread(self._config_limiter, lambda turn: read_config(params))
 
     async def status(self) -> str:
         return "ready"
@@ -77,7 +94,7 @@ async def open_local(
         async with open_nursery() as nursery:
             processes = LocalProcesses(nursery, guard.marks, guard.watchdog, retained_bytes=retained_bytes)
             try:
-                yield LocalEnvironment(processes)
+                yield LocalEnvironment(processes, LocalFileSystem(guard.mounts), guard.http)
             finally:
                 nursery.cancel_scope.cancel()
     finally:

@@ -16,12 +16,11 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from logging import getLogger
 from time import perf_counter
-from typing import Any
 
 import trio
 
 from execenv.abc import Event, KillReceipt, Process, Processes, Sink, Termination
-from execenv.errors import InternalError, InvalidParams, InvalidRequest, NotSupported
+from execenv.errors import InternalError, InvalidParams, InvalidRequest, NotSupported, os_error_text
 from execenv.local import spawn as spawning
 from execenv.local.environment import child_environment
 from execenv.local.output_log import RETAINED_BYTES, OutputLog
@@ -37,6 +36,7 @@ from execenv.local.tree import (
 from execenv.local.watchdog import Watchdog
 from execenv.paths import ForeignPathError
 from execenv.protocol import ProcessReadResult, ProcessStartParams
+from execenv.sandbox.policy import is_unrestricted
 
 logger = getLogger(__name__)
 
@@ -469,7 +469,7 @@ class LocalProcesses(Processes):
                 return spawned, Root.of(spawned.pid, mark if marked else None)
             except OSError as error:  # no descriptors left to look at it with: then it must not run
                 spawning.abandon(spawned)
-                raise InternalError(spawning.os_error_text(error)) from error
+                raise InternalError(os_error_text(error)) from error
 
     async def attach(self, process_id: str) -> LocalProcess:
         await trio.lowlevel.checkpoint()
@@ -515,7 +515,7 @@ def refuse_unenforceable(params: ProcessStartParams) -> None:
         InvalidParams: if such an object lacks a member that it must have.
         NotSupported: otherwise.
     """
-    if params.sandbox is not None and not _is_unrestricted(params.sandbox):
+    if not is_unrestricted(params.sandbox):
         raise NotSupported(
             "this exec-server cannot enforce a sandbox, so the process was not started; "
             "start it without one (sandbox: null) if it may run unconfined"
@@ -528,12 +528,3 @@ def refuse_unenforceable(params: ProcessStartParams) -> None:
         if required is not None and isinstance(value, dict) and required not in value:
             raise InvalidParams(f"missing field `{required}`")
         raise NotSupported(f"this exec-server does not support {member}, so the process was not started")
-
-
-def _is_unrestricted(sandbox: Any) -> bool:
-    if not isinstance(sandbox, dict):
-        raise InvalidParams("invalid type: expected struct FileSystemSandboxContext")
-    if "permissions" not in sandbox:
-        raise InvalidParams("missing field `permissions`")
-    permissions = sandbox["permissions"]
-    return isinstance(permissions, dict) and permissions.get("type") == "disabled"

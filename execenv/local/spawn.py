@@ -21,7 +21,7 @@ from functools import cache
 
 from attrs import define
 
-from execenv.errors import InternalError, NotSupported
+from execenv.errors import InternalError, NotSupported, os_error_text
 
 TTY_ROWS, TTY_COLUMNS = 24, 80  # protocol.md §11
 
@@ -44,13 +44,6 @@ class Spawned:
     tty: bool
     poll: Callable[[], int | None]
     pidfd: int | None
-
-
-def os_error_text(error: OSError) -> str:
-    """`No such file or directory (os error 2)`, as the reference words an error of the system."""
-    if error.errno is None:
-        return str(error)
-    return f"{os.strerror(error.errno)} (os error {error.errno})"
 
 
 def spawn(

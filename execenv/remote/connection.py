@@ -11,18 +11,25 @@ from execenv._service import open_nursery, service
 from execenv.abc import EnvironmentBackend
 from execenv.errors import ConnectFailed, ConnectionLost, ExecenvError, RpcError
 from execenv.protocol import (
+    ENVIRONMENT_CONFIG_READ,
     ENVIRONMENT_INFO,
     ENVIRONMENT_STATUS,
+    FS_MISSING_CHANGED,
+    HTTP_BODY_DELTA,
     INITIALIZE,
     INITIALIZED,
     PROCESS_CLOSED,
     PROCESS_EXITED,
     PROCESS_OUTPUT,
+    EnvironmentConfig,
+    EnvironmentConfigReadParams,
     EnvironmentInfo,
     InitializeParams,
     Nothing,
     Unit,
 )
+from execenv.remote.filesystem import RemoteFileSystem
+from execenv.remote.http import RemoteHttp
 from execenv.remote.processes import RemoteProcesses
 from execenv.rpc import Peer
 from execenv.transports.channel import Channel
@@ -40,6 +47,8 @@ class RemoteEnvironment(EnvironmentBackend):
 
     session_id: str
     processes: RemoteProcesses
+    files: RemoteFileSystem
+    http: RemoteHttp
 
     def __init__(self, channel: Channel, nursery: trio.Nursery) -> None:
         self.name = channel.label
@@ -49,9 +58,13 @@ class RemoteEnvironment(EnvironmentBackend):
                 PROCESS_OUTPUT.name: lambda params: self.processes.on_output(params),
                 PROCESS_EXITED.name: lambda params: self.processes.on_exited(params),
                 PROCESS_CLOSED.name: lambda params: self.processes.on_closed(params),
+                FS_MISSING_CHANGED.name: lambda params: self.files.on_missing_changed(params),
+                HTTP_BODY_DELTA.name: lambda params: self.http.on_delta(params),
             },
         )
         self.processes = RemoteProcesses(self, nursery)
+        self.files = RemoteFileSystem(self)
+        self.http = RemoteHttp(self)
         self._info: EnvironmentInfo | None = None
         self._fetching = trio.StrictFIFOLock()
 
@@ -61,6 +74,8 @@ class RemoteEnvironment(EnvironmentBackend):
             await self.peer.run()
         finally:
             self.processes.connection_lost(self.peer.channel.lost())
+            self.http.connection_lost(self.peer.channel.lost())
+            self.files.connection_lost()
 
     async def handshake(self, resume_session_id: str | None) -> None:
         result = await self.peer.call(INITIALIZE, InitializeParams(CLIENT_NAME, resume_session_id))
@@ -74,6 +89,9 @@ class RemoteEnvironment(EnvironmentBackend):
                 if self._info is None:
                     self._info = await self.peer.call(ENVIRONMENT_INFO, Unit())
         return self._info
+
+    async def read_config(self, params: EnvironmentConfigReadParams) -> EnvironmentConfig:
+        return await self.peer.call(ENVIRONMENT_CONFIG_READ, params)
 
     async def status(self) -> str:
         return (await self.peer.call(ENVIRONMENT_STATUS, Unit())).status

@@ -248,6 +248,10 @@ class FrameCodec:
             for i, pieces in enumerate(groups)
         ]
 
+    def encode_part(self, data: bytes, *, first: bool, last: bool) -> list[Buffer]:
+        """A piece of one text message as a frame of its own, for a message that is not there as a whole."""
+        return self._frame((_FIN if last else 0) | (_TEXT if first else 0), (data,))
+
     def _frame(self, first: int, pieces: Sequence[Buffer]) -> list[Buffer]:
         size = sum(map(len, pieces))
         if not self._client:

@@ -20,7 +20,7 @@ from time import perf_counter
 import trio
 
 from execenv._service import Wakeup
-from execenv.transports.channel import ANSWER_LIMIT, Channel
+from execenv.transports.channel import ANSWER_LIMIT, HIGH_WATER, Channel, SendPart
 
 READ_SIZE = 64 * 1024
 WRITE_BATCH = 256 * 1024
@@ -157,6 +157,10 @@ class Framing(ABC):
     def frames(self, parts: tuple[bytes, ...]) -> list[list[Buffer]]:
         """One message as frames; between two frames something urgent may be sent."""
 
+    @abstractmethod
+    def part(self, data: bytes, *, first: bool, last: bool) -> list[Buffer]:
+        """A piece of one message, as a frame; only control frames go between the pieces."""
+
     def farewell(self, code: int, reason: str) -> bytes:
         """What is sent last when this side ends the channel."""
         return b""
@@ -181,6 +185,8 @@ class Pump(Channel):
         self._io = io
         self._urgent: deque[Buffer] = deque()
         self._frames: deque[list[Buffer]] = deque()
+        self._behind: deque[list[Buffer]] | None = None  # frames that wait for the end of a long message
+        self._behind_bytes = 0
         self._batch: list[Buffer] = []  # in this order, whatever comes later
         self._wakeup = Wakeup()
         self._sending = False  # the writer is inside `io.send`, which must not be overtaken
@@ -195,11 +201,45 @@ class Pump(Channel):
         if self._closed or self._ending:
             raise self.lost()
         frames = self.framing.frames(parts)
+        size = 0
         for frame in frames:
             for buffer in frame:
-                self.queued += len(buffer)
+                size += len(buffer)
+        self.queued += size
+        if self._behind is not None:
+            self._behind.extend(frames)
+            self._behind_bytes += size
+            return
         self._frames.extend(frames)
         self._wakeup.set()
+
+    def _begin_message(self) -> tuple[SendPart, Callable[[], None]]:
+        self._behind = deque()
+        first = True
+
+        def put(data: bytes, *, last: bool) -> None:
+            nonlocal first
+            if self._closed or self._ending:
+                raise self.lost()
+            frame = self.framing.part(data, first=first, last=last)
+            first = False
+            self.queued += sum(map(len, frame))
+            self._frames.append(frame)
+            self._wakeup.set()
+
+        async def send(data: bytes) -> None:
+            put(data, last=False)
+            while self.queued - self._behind_bytes > HIGH_WATER and not self._closed:
+                await self._room.park()
+            await trio.lowlevel.checkpoint()
+
+        def end() -> None:
+            put(b"", last=True)
+            assert self._behind is not None
+            self._frames.extend(self._behind)
+            self._behind, self._behind_bytes = None, 0
+
+        return send, end
 
     def send_urgent(self, data: bytes) -> None:
         """Queue a control frame: it goes before all messages, between two frames."""
@@ -330,6 +370,8 @@ class Pump(Channel):
 
     def _took(self, count: int) -> None:
         self._sent(count)
+        if self._behind is not None and self.queued - self._behind_bytes <= HIGH_WATER:
+            self._room.unpark_all()
         if self.queued <= ANSWER_LIMIT and len(self._urgent) <= MAX_BUFFERS:
             self._below_limit.unpark_all()
         batch = self._batch

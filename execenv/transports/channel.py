@@ -8,7 +8,8 @@ together are handed over together, by plain calls, and what they cause to be sen
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 import trio
 
@@ -22,6 +23,9 @@ HIGH_WATER = 256 * 1024
 
 ANSWER_LIMIT = 64 * 1024 * 1024
 """Above this many queued bytes nothing more is read: the peer asks and asks and takes no answer."""
+
+
+SendPart = Callable[[bytes], Awaitable[None]]
 
 
 class Channel(ABC):
@@ -64,6 +68,31 @@ class Channel(ABC):
 
         `code` and `reason` go into a websocket's close frame and nowhere else.
         """
+
+    @asynccontextmanager
+    async def open_message(self) -> AsyncIterator[SendPart]:
+        """One message in parts, for what is too large to be held at once; leaving the block ends it.
+
+        The block gets a function that sends a part and waits while too much is queued. What others send
+        meanwhile is queued behind the message. A block that fails ends the channel: half a message can't be
+        taken back. One such message at a time.
+
+        Raises:
+            ConnectionLost: if the channel ends meanwhile, or has ended.
+        """
+        if self._closed:
+            raise self.lost()
+        send, end = self._begin_message()
+        try:
+            yield send
+            end()
+        except BaseException:
+            self.close_nowait(1011, "a message could not be finished")
+            raise
+
+    @abstractmethod
+    def _begin_message(self) -> tuple[SendPart, Callable[[], None]]:
+        """What sends a part, and what ends the message."""
 
     async def wait_room(self) -> None:
         """Wait until no more than `HIGH_WATER` bytes are queued. Producers call this after sending.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import trio
 
 from execenv._service import Wakeup
-from execenv.transports.channel import ANSWER_LIMIT, Channel
+from execenv.transports.channel import ANSWER_LIMIT, Channel, SendPart
 
 
 class MemoryChannel(Channel):
@@ -45,6 +45,15 @@ class MemoryChannel(Channel):
         self.queued += len(message)
         self._peer._inbox.append(message)
         self._peer._wakeup.set()
+
+    def _begin_message(self) -> tuple[SendPart, Callable[[], None]]:
+        parts: list[bytes] = []
+
+        async def send(part: bytes) -> None:
+            parts.append(part)
+            await self.wait_room()
+
+        return send, lambda: self.send_nowait(*parts)
 
     def close_nowait(self, code: int = 1000, reason: str = "") -> None:
         if not self._closed:

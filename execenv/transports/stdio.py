@@ -67,6 +67,9 @@ class LineFraming(Framing):
     def frames(self, parts: tuple[bytes, ...]) -> list[list[Buffer]]:
         return [[*parts, b"\n"]]
 
+    def part(self, data: bytes, *, first: bool, last: bool) -> list[Buffer]:
+        return [data, b"\n"] if last else [data]
+
 
 class _Blocking:
     """Descriptors set to non-blocking, and back to what they were."""

@@ -66,6 +66,9 @@ class WebsocketFraming(Framing):
     def frames(self, parts: tuple[bytes, ...]) -> list[list[Buffer]]:
         return self._codec.encode_message(*parts)
 
+    def part(self, data: bytes, *, first: bool, last: bool) -> list[Buffer]:
+        return self._codec.encode_part(data, first=first, last=last)
+
     def farewell(self, code: int, reason: str) -> bytes:
         return self._codec.encode_close(code, reason)
 

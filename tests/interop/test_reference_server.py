@@ -17,9 +17,12 @@ from tests.conftest import ANY_PORT, SERVER_VARIABLES, run_websocket_server, tim
 from tests.contract import (
     test_detached,
     test_ending,
+    test_files,
+    test_http,
     test_input,
     test_output,
     test_run,
+    test_transfer,
     test_tty,
     test_variables,
 )
@@ -37,9 +40,14 @@ MODULES: tuple[ModuleType, ...] = (
     test_tty,
     test_ending,
     test_detached,
+    test_http,
+    test_files,
+    test_transfer,
 )
 
 NO_CALL = "there is no such call"
+NO_NAMES = "what is not UTF-8 is U+FFFD in every answer, which leads nowhere"
+NO_TRANSFER = "files are written in place, and neither permissions nor times can be set"
 NO_RECEIPT = "process/terminate is not waited for, says nothing of what was ended, and spares daemons"
 
 DIFFERENCES = {
@@ -61,13 +69,33 @@ DIFFERENCES = {
     "test_run_that_leaves_nothing_behind_signals_nobody": NO_RECEIPT,
     "test_program_on_a_terminal_leaves_nothing_behind": NO_RECEIPT,
     "test_killed_program_is_gone": NO_RECEIPT,
+    "test_metadata_says_the_permissions": NO_CALL,
+    "test_rename": NO_CALL,
+    "test_set_metadata": NO_CALL,
+    "test_atomic_write_replaces_the_file": NO_CALL,
+    "test_atomic_write_that_fails_changes_nothing": NO_CALL,
+    "test_atomic_write_that_is_cancelled_changes_nothing": NO_CALL,
+    "test_atomic_write_follows_no_links": NO_CALL,
+    "test_metadata_of_a_time_before_1970": "it is told as 0, which is unknown",
+    "test_copy_of_a_file_onto_itself_loses_nothing": "it is emptied there",
+    "test_link_itself_is_removed_where_links_are_not_followed": "it is refused",
+    "test_names_that_are_not_utf8_are_found": NO_NAMES,
+    "test_tree_has_names_that_are_not_utf8": NO_NAMES,
+    "test_watches_side_by_side": "there is one watch at a time: the next takes its place",
+    "test_file_keeps_its_permissions_and_time": NO_TRANSFER,
+    "test_tree_keeps_permissions_and_times": NO_TRANSFER,
+    "test_what_is_there_is_left_alone": NO_TRANSFER,
+    "test_file_goes_on_where_it_was_cut": NO_TRANSFER,
+    "test_tree_goes_on_where_it_was_cut": NO_TRANSFER,
+    "test_atomic_transfer": NO_TRANSFER,
+    "test_what_is_private_is_so_while_it_arrives": NO_TRANSFER,
 }
 SOMETIMES = {"test_sending_to_an_ended_process_says_broken"}
 """Differences that are a matter of timing."""
 
 
 def contracts() -> list[Contract]:
-    """Every contract test of processes; each takes an environment and nothing else."""
+    """Every contract test; each takes an environment and nothing else."""
     return [value for module in MODULES for name, value in vars(module).items() if name.startswith("test_")]
 
 

@@ -1,0 +1,527 @@
+"""File operations that block: plain functions over native paths, run in threads (§5 of protocol.md).
+
+Each takes the `Turn` of its call, which it asks between steps whether anybody still waits. Errors are those
+of the system; where the protocol has words of its own for one, they are its `strerror`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from execenv.errors import os_error_text
+from execenv.local.mounts import Stat, stat_path
+from execenv.local.threads import Turn
+from execenv.paths import PathUri
+from execenv.protocol import (
+    DirectoryEntry,
+    FileKind,
+    FileMetadata,
+    WalkEntry,
+    WalkError,
+    WalkOptions,
+    WalkResult,
+)
+
+MAX_FILE = 536_870_912
+"""Bytes that `read_file` takes at most (§11)."""
+
+MAX_WALK_ENTRIES = 80_000
+"""Entries of one walk, whatever its options say: what fits into a message that a peer will parse (§2.1)."""
+
+STEP = 1024 * 1024
+_LOOKED = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+_WRITTEN = os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+
+
+def refused(path: bytes, number: int, words: str) -> OSError:
+    """An error that has words of the protocol's own."""
+    return OSError(number, words, path)
+
+
+def not_a_file(path: bytes, *, directory: bool) -> OSError:
+    shown = os.fsdecode(path).encode(errors="replace").decode()
+    return refused(path, errno.EISDIR if directory else errno.EINVAL, f"path `{shown}` is not a file")
+
+
+def too_large(path: bytes) -> OSError:
+    return refused(path, errno.EFBIG, f"file is too large to read: limit is {MAX_FILE} bytes")
+
+
+def has_link(path: bytes) -> OSError:
+    return refused(path, errno.ELOOP, "path contains a symbolic link")
+
+
+# Without following links. Each directory is opened from the one before it, so nothing can be put in between.
+
+
+@contextmanager
+def parent_without_links(path: bytes) -> Iterator[tuple[int, bytes]]:
+    """The directory that a path is in, opened without following any link, and its last name.
+
+    Raises:
+        NotADirectoryError: if a link is on the way.
+    """
+    names = [name for name in path.split(b"/") if name]
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    fd = os.open(b"/", flags)
+    try:
+        for name in names[:-1]:
+            inner = os.open(name, flags | os.O_NOFOLLOW, dir_fd=fd)
+            os.close(fd)
+            fd = inner
+        yield fd, names[-1] if names else b"."
+    finally:
+        os.close(fd)
+
+
+def _open(path: bytes, flags: int, *, follow: bool, mode: int = 0o666) -> int:
+    if follow:
+        return os.open(path, flags, mode)
+    with parent_without_links(path) as (parent, name):
+        try:
+            return os.open(name, flags | os.O_NOFOLLOW, mode, dir_fd=parent)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise has_link(path) from None
+            raise
+
+
+# Reading and writing.
+
+
+def open_to_read(turn: Turn, path: bytes, *, follow: bool = True) -> int:
+    """A regular file. What it is is seen before it is opened: opening a device may do something."""
+    if follow:
+        found = stat_path(path)
+        if not found.is_file:
+            raise not_a_file(path, directory=found.is_directory)
+    fd = _open(path, _LOOKED, follow=follow)
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(fd)
+        raise not_a_file(path, directory=stat.S_ISDIR(mode))
+    return turn.hand_over(fd)
+
+
+def open_to_write(turn: Turn, path: bytes, *, keep: bool) -> int:
+    """A regular file, created if need be, and emptied unless `keep`."""
+    with suppress(FileNotFoundError):
+        found = stat_path(path)
+        if not found.is_file:
+            raise not_a_file(path, directory=found.is_directory)
+    fd = os.open(path, _WRITTEN | os.O_CREAT, 0o666)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise not_a_file(path, directory=False)
+    if not keep:
+        os.ftruncate(fd, 0)
+    return turn.hand_over(fd)
+
+
+def read_at(turn: Turn, fd: int, offset: int, size: int) -> bytes:
+    """Up to `size` bytes; fewer only at the end. Some files give less at a time than they have (/proc)."""
+    parts: list[bytes] = []
+    while size:
+        turn.check()
+        part = os.pread(fd, min(size, STEP), offset)
+        if not part:
+            break
+        parts.append(part)
+        offset += len(part)
+        size -= len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def write_at(turn: Turn, fd: int, offset: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        turn.check()
+        count = os.pwrite(fd, left[:STEP], offset)
+        offset += count
+        left = left[count:]
+
+
+def read_file(turn: Turn, path: bytes, *, follow: bool) -> bytes:
+    fd = open_to_read(Turn(), path, follow=follow)
+    try:
+        if os.fstat(fd).st_size > MAX_FILE:
+            raise too_large(path)
+        data = read_at(turn, fd, 0, MAX_FILE + 1)
+    finally:
+        os.close(fd)
+    if len(data) > MAX_FILE:
+        raise too_large(path)
+    return data
+
+
+def write_file(turn: Turn, path: bytes, data: bytes, *, follow: bool) -> int | None:
+    """`None` when it is done; a descriptor of what is no regular file, which must be waited for.
+
+    Raises:
+        OSError: ENXIO for a fifo that nobody reads.
+    """
+    fd = _open(path, _WRITTEN | os.O_CREAT, follow=follow)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return turn.hand_over(os.dup(fd))
+        overwrite(turn, fd, data)
+    finally:
+        os.close(fd)
+    return None
+
+
+def overwrite(turn: Turn, fd: int, data: bytes) -> None:
+    """Make `data` the content. Cut at the end and not at the beginning: what ext4 sees emptied and written
+    anew it brings to the disk at once, which takes longer than all the rest."""
+    write_at(turn, fd, 0, data)
+    if os.fstat(fd).st_size > len(data):
+        os.ftruncate(fd, len(data))
+
+
+def sync(turn: Turn, fd: int) -> None:
+    os.fsync(fd)
+
+
+# Looking.
+
+
+def metadata_of(found: Stat, *, is_symlink: bool) -> FileMetadata:
+    return FileMetadata(
+        is_directory=found.is_directory,
+        is_file=found.is_file,
+        is_symlink=is_symlink,
+        size=found.size,
+        created_at_ms=found.created_ms or 0,
+        modified_at_ms=found.modified_ms,
+        mode=stat.S_IMODE(found.mode),
+    )
+
+
+def get_metadata(turn: Turn, path: bytes, *, follow: bool) -> FileMetadata:
+    if not follow:
+        with parent_without_links(path) as (parent, name):
+            found = stat_path(name, follow=False, dir_fd=parent)
+        if found.is_symlink:
+            raise has_link(path)
+        return metadata_of(found, is_symlink=False)
+    found = stat_path(path, follow=False)
+    if found.is_symlink:
+        return metadata_of(stat_path(path), is_symlink=True)
+    return metadata_of(found, is_symlink=False)
+
+
+def canonicalize(turn: Turn, path: bytes) -> bytes:
+    return os.path.realpath(path, strict=True)
+
+
+def read_directory(turn: Turn, path: bytes) -> tuple[DirectoryEntry, ...]:
+    entries = []
+    with os.scandir(path) as found:
+        for entry in found:
+            turn.check()
+            try:
+                is_directory = entry.is_dir()
+                is_file = not is_directory and entry.is_file()
+                if not is_directory and not is_file and entry.is_symlink():
+                    entry.stat()
+            except OSError:  # a link that leads nowhere, or in a circle
+                continue
+            entries.append(DirectoryEntry(entry.name.decode(errors="replace"), is_directory, is_file))
+    return tuple(entries)
+
+
+def walk(turn: Turn, path: bytes, options: WalkOptions) -> WalkResult:
+    """Breadth first, by name inside a directory (§5.10)."""
+    if not options.max_directories or not options.max_entries:
+        raise refused(path, errno.EINVAL, "filesystem walk limits must be greater than zero")
+    root = os.lstat(path)
+    if not stat.S_ISDIR(root.st_mode):
+        return WalkResult((), (), False)
+    limit = min(options.max_entries, MAX_WALK_ENTRIES)
+    entries: list[WalkEntry] = []
+    errors: list[WalkError] = []
+    seen = {(root.st_dev, root.st_ino)}
+    opened = 0
+    waiting = deque([(path.rstrip(b"/"), 0)])
+    while waiting:
+        turn.check()
+        directory, depth = waiting.popleft()
+        if opened == options.max_directories:
+            return WalkResult(tuple(entries), tuple(errors), True)
+        opened += 1
+        try:
+            with os.scandir(directory or b"/") as found:
+                children = sorted(found, key=lambda entry: entry.name)
+        except OSError as error:
+            errors.append(_walk_error(directory or b"/", error))
+            continue
+        for entry in children:
+            turn.check()
+            try:
+                kind = _kind(entry, options)
+                inner = entry.stat() if kind == "directory" and depth < options.max_depth else None
+            except OSError as error:
+                errors.append(_walk_error(entry.path, error))
+                continue
+            if kind is None:
+                continue
+            if len(entries) == limit or len(errors) > limit:
+                return WalkResult(tuple(entries), tuple(errors), True)
+            entries.append(WalkEntry(PathUri.from_native(entry.path), kind))
+            if inner is None or (options.prune_hidden_directories and entry.name.startswith(b".")):
+                continue
+            if (inner.st_dev, inner.st_ino) not in seen:
+                seen.add((inner.st_dev, inner.st_ino))
+                waiting.append((entry.path, depth + 1))
+    return WalkResult(tuple(entries), tuple(errors), False)
+
+
+def _kind(entry: os.DirEntry[bytes], options: WalkOptions) -> FileKind | None:
+    if entry.is_symlink():
+        return "directory" if options.follow_directory_symlinks and entry.is_dir() else None
+    if entry.is_dir():
+        return "directory"
+    return "file" if entry.is_file() else None
+
+
+def _walk_error(path: bytes, error: OSError) -> WalkError:
+    return WalkError(PathUri.from_native(path), os_error_text(error))
+
+
+# Changing.
+
+
+def create_directory(turn: Turn, path: bytes, *, recursive: bool, follow: bool) -> None:
+    if follow:
+        _create_directory(turn, path, recursive=recursive)
+        return
+    names = [name for name in path.split(b"/") if name]
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(b"/", flags)
+    try:
+        for number, name in enumerate(names, 1):
+            if recursive or number == len(names):
+                try:
+                    os.mkdir(name, dir_fd=fd)
+                except FileExistsError:
+                    if not recursive:
+                        raise
+            inner = os.open(name, flags, dir_fd=fd)
+            os.close(fd)
+            fd = inner
+    finally:
+        os.close(fd)
+
+
+def _create_directory(turn: Turn, path: bytes, *, recursive: bool) -> None:
+    if not recursive:
+        os.mkdir(path)
+        return
+    missing = []
+    current = path.rstrip(b"/") or b"/"
+    while True:
+        turn.check()
+        try:
+            os.mkdir(current)
+            break
+        except FileNotFoundError:
+            missing.append(current)
+            parent = os.path.dirname(current)
+            if parent == current:
+                raise
+            current = parent
+        except FileExistsError:
+            if not os.path.isdir(current):
+                raise
+            break
+    for directory in reversed(missing):
+        with suppress(FileExistsError):  # somebody else made it meanwhile
+            os.mkdir(directory)
+
+
+def remove(turn: Turn, path: bytes, *, recursive: bool, force: bool, follow: bool) -> None:
+    path = path.rstrip(b"/")  # of a link with a slash behind it, the link is meant
+    if not path:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), b"/")
+    try:
+        if follow:
+            _remove(turn, path, None, path, recursive=recursive)
+            return
+        with parent_without_links(path) as (parent, name):
+            _remove(turn, name, parent, path, recursive=recursive)
+    except FileNotFoundError:
+        if not force:
+            raise
+
+
+def _remove(turn: Turn, name: bytes, parent: int | None, path: bytes, *, recursive: bool) -> None:
+    found = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    if not stat.S_ISDIR(found.st_mode):
+        os.unlink(name, dir_fd=parent)
+        return
+    if recursive:
+        if parent is not None:
+            raise refused(path, errno.ENOTSUP, "recursive no-follow removal is unsupported")
+        _empty(turn, path)
+    os.rmdir(name, dir_fd=parent)
+
+
+_INSIDE = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+def _empty(turn: Turn, path: bytes) -> None:
+    """Remove all that is in a directory, however deep, with two descriptors and without following a link."""
+    fd = os.open(path, _INSIDE)
+    above: list[tuple[list[bytes], os.stat_result]] = []  # of each parent: what is left in it, and who it was
+    try:
+        left = _remove_files(turn, fd)
+        while left or above:
+            turn.check()
+            if left:
+                child = os.open(left[-1], _INSIDE, dir_fd=fd)
+                above.append((left, os.fstat(fd)))
+                os.close(fd)
+                fd = child
+                left = _remove_files(turn, fd)
+            else:
+                left, expected = above.pop()
+                parent = os.open(b"..", _INSIDE, dir_fd=fd)
+                os.close(fd)
+                fd = parent
+                if not os.path.samestat(os.fstat(fd), expected):
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)  # moved away meanwhile
+                os.rmdir(left.pop(), dir_fd=fd)
+    finally:
+        os.close(fd)
+
+
+def _remove_files(turn: Turn, fd: int) -> list[bytes]:
+    """Unlink what is no directory, and empty directories; the names of the others."""
+    left = []
+    with os.scandir(fd) as found:
+        for entry in found:
+            turn.check()
+            name = os.fsencode(entry.name)
+            if entry.is_dir(follow_symlinks=False):
+                try:
+                    os.rmdir(name, dir_fd=fd)
+                except OSError:  # most likely not empty
+                    left.append(name)
+            else:
+                os.unlink(name, dir_fd=fd)
+    return left
+
+
+def rename(turn: Turn, source: bytes, destination: bytes, *, sync: bool) -> None:
+    os.replace(source, destination)
+    if not sync:
+        return
+    with suppress(OSError):  # a file system that cannot sync a directory
+        fd = os.open(os.path.dirname(destination.rstrip(b"/")) or b"/", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def set_metadata(turn: Turn, path: bytes, mode: int | None, modified_at_ms: int | None) -> None:
+    if mode is not None:
+        os.chmod(path, mode)
+    if modified_at_ms is not None:
+        modified = modified_at_ms * 1_000_000
+        os.utime(path, ns=(modified, modified))
+
+
+# Copying (§5.9).
+
+
+def copy(turn: Turn, source: bytes, destination: bytes, *, recursive: bool) -> None:
+    source, destination = source.rstrip(b"/") or b"/", destination.rstrip(b"/") or b"/"
+    found = os.lstat(source)
+    if stat.S_ISDIR(found.st_mode):
+        if not recursive:
+            words = "fs/copy requires recursive: true when sourcePath is a directory"
+            raise refused(source, errno.EISDIR, words)
+        _copy_tree(turn, source, destination)
+    elif stat.S_ISLNK(found.st_mode):
+        os.symlink(os.readlink(source), destination)
+    elif stat.S_ISREG(found.st_mode):
+        _copy_file(turn, source, destination)
+    else:
+        raise refused(source, errno.EINVAL, "fs/copy only supports regular files, directories, and symlinks")
+
+
+def _copy_tree(turn: Turn, source: bytes, destination: bytes) -> None:
+    real = os.path.realpath(source)
+    target = os.path.realpath(destination)  # of what exists of it; links are followed as mkdir will
+    if target == real or target.startswith(real.rstrip(b"/") + b"/"):
+        words = "fs/copy cannot copy a directory to itself or one of its descendants"
+        raise refused(source, errno.EINVAL, words)
+    waiting = deque([(source, destination)])
+    while waiting:
+        turn.check()
+        directory, copied = waiting.popleft()
+        _create_directory(turn, copied, recursive=True)
+        with os.scandir(directory) as found:
+            for entry in found:
+                turn.check()
+                inner = os.path.join(copied, entry.name)
+                if entry.is_symlink():
+                    os.symlink(os.readlink(entry.path), inner)
+                elif entry.is_dir():
+                    waiting.append((entry.path, inner))
+                elif entry.is_file():
+                    _copy_file(turn, entry.path, inner)
+
+
+def _copy_file(turn: Turn, source: bytes, destination: bytes) -> None:
+    reader = os.open(source, _LOOKED)
+    try:
+        found = os.fstat(reader)
+        mode = stat.S_IMODE(found.st_mode)
+        writer = os.open(destination, _WRITTEN | os.O_CREAT, mode)
+        try:
+            before = os.fstat(writer)
+            if os.path.samestat(found, before):
+                return  # emptying it first would lose it
+            if stat.S_ISREG(before.st_mode):
+                os.ftruncate(writer, 0)
+                _copy_bytes(turn, reader, writer)
+                os.fchmod(writer, mode)
+            else:
+                os.set_blocking(writer, True)
+                _copy_by_hand(turn, reader, writer)
+        finally:
+            os.close(writer)
+    finally:
+        os.close(reader)
+
+
+def _copy_bytes(turn: Turn, reader: int, writer: int) -> None:
+    copied = 0
+    while hasattr(os, "copy_file_range"):
+        turn.check()
+        try:
+            count = os.copy_file_range(reader, writer, 16 * STEP)
+        except OSError as error:
+            if copied or error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            break
+        if not count:
+            break
+        copied += count
+    if not copied:  # not between these two, or a file that says it is empty and is not (/proc)
+        _copy_by_hand(turn, reader, writer)
+
+
+def _copy_by_hand(turn: Turn, reader: int, writer: int) -> None:
+    while part := os.read(reader, STEP):
+        left = memoryview(part)
+        while left:
+            turn.check()
+            left = left[os.write(writer, left) :]

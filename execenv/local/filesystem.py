@@ -1,0 +1,355 @@
+"""The files of this machine.
+
+What waits for nothing but a local disk is done at once, on the Trio thread (`x_nowait`, see `mounts`): a
+thread costs five times what the call itself does. Everything else, and whatever may take long, runs in a
+thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Concatenate, ParamSpec, TypeVar
+
+import trio
+
+from execenv.abc import FileHandle, FileSystem, Watch
+from execenv.errors import file_error
+from execenv.local import disk
+from execenv.local.mounts import Mounts, Stat, stat_now
+from execenv.local.threads import Turn, run_in_thread
+from execenv.local.watch import open_watch
+from execenv.paths import PathUri
+from execenv.protocol import DirectoryEntry, FileMetadata, OpenMode, WalkOptions, WalkResult
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+QUICK_BYTES = 1024 * 1024
+"""Files up to this size are read and written without a thread."""
+
+FIFO_RETRY = 0.05
+"""Seconds between two looks for somebody who reads a fifo: the kernel tells of it nowhere."""
+
+CLOSE_PATIENCE = 5.0
+"""Seconds for closing a file on another mount, also when the caller is cancelled."""
+
+_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
+_WRITE = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
+
+
+class LocalFileSystem(FileSystem):
+    def __init__(self, mounts: Mounts) -> None:
+        self._mounts = mounts
+
+    async def read_file(self, path: PathUri, *, follow_symlinks: bool = True) -> bytes:
+        data = self.read_file_nowait(path) if follow_symlinks else None
+        if data is None:
+            return await self._run(disk.read_file, path, follow=follow_symlinks)
+        await trio.lowlevel.checkpoint()
+        return data
+
+    async def write_file(self, path: PathUri, data: bytes, *, follow_symlinks: bool = True) -> None:
+        if follow_symlinks and self.write_file_nowait(path, data):
+            await trio.lowlevel.checkpoint()
+            return
+        while True:
+            try:
+                special = await self._run(disk.write_file, path, data, follow=follow_symlinks)
+                break
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+            await trio.sleep(FIFO_RETRY)
+        if special is not None:
+            await self._write_special(path, special, data)
+
+    async def _write_special(self, path: PathUri, fd: int, data: bytes) -> None:
+        """Write to a fifo or a device, as fast as it takes it."""
+        left = memoryview(data)
+        try:
+            while left:
+                try:
+                    left = left[os.write(fd, left) :]
+                    await trio.lowlevel.checkpoint()
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(fd)
+        except OSError as error:
+            raise _named(error, path) from None
+        finally:
+            os.close(fd)
+
+    async def create_directory(
+        self, path: PathUri, *, recursive: bool = True, follow_symlinks: bool = True
+    ) -> None:
+        await self._run(disk.create_directory, path, recursive=recursive, follow=follow_symlinks)
+
+    async def get_metadata(self, path: PathUri, *, follow_symlinks: bool = True) -> FileMetadata:
+        found = self.get_metadata_nowait(path) if follow_symlinks else None
+        if found is None:
+            return await self._run(disk.get_metadata, path, follow=follow_symlinks)
+        await trio.lowlevel.checkpoint()
+        return found
+
+    async def canonicalize(self, path: PathUri) -> PathUri:
+        return PathUri.from_native(await self._run(disk.canonicalize, path))
+
+    async def read_directory(self, path: PathUri) -> tuple[DirectoryEntry, ...]:
+        return await self._run(disk.read_directory, path)
+
+    async def remove(
+        self, path: PathUri, *, recursive: bool = True, force: bool = True, follow_symlinks: bool = True
+    ) -> None:
+        await self._run(disk.remove, path, recursive=recursive, force=force, follow=follow_symlinks)
+
+    async def copy(self, source: PathUri, destination: PathUri, *, recursive: bool) -> None:
+        await self._run(disk.copy, source, destination.to_native(), recursive=recursive)
+
+    async def walk(self, path: PathUri, options: WalkOptions) -> WalkResult:
+        return await self._run(disk.walk, path, options)
+
+    async def open(self, path: PathUri, mode: OpenMode = "read") -> FileHandle:
+        await trio.lowlevel.checkpoint_if_cancelled()  # not behind it: the handle would be lost
+        handle = self.open_nowait(path, mode)
+        if handle is not None:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return handle
+        if mode == "read":
+            fd = await self._run(disk.open_to_read, path)
+        else:
+            fd = await self._run(disk.open_to_write, path, keep=mode == "update")
+        return LocalFileHandle(fd, path, self._mounts.limiter(path.to_native()), quick=False)
+
+    @asynccontextmanager
+    async def watch_missing(
+        self, missing: tuple[PathUri, ...], present: PathUri | None = None
+    ) -> AsyncIterator[Watch | None]:
+        natives = [path.to_native() for path in missing]
+        there = None if present is None else present.to_native()
+        async with open_watch(natives, there, self._mounts) as watch:
+            yield watch
+
+    async def rename(self, source: PathUri, destination: PathUri, *, sync: bool = False) -> None:
+        await self._run(disk.rename, source, destination.to_native(), sync=sync)
+
+    async def can_transfer(self) -> bool:
+        await trio.lowlevel.checkpoint()
+        return True
+
+    async def set_metadata(
+        self, path: PathUri, *, mode: int | None = None, modified_at_ms: int | None = None
+    ) -> None:
+        bits = None if mode is None else stat.S_IMODE(mode)
+        await self._run(disk.set_metadata, path, bits, modified_at_ms)
+
+    async def _run(
+        self, work: Callable[Concatenate[Turn, bytes, P], T], path: PathUri, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        native = path.to_native()
+        try:
+            return await run_in_thread(
+                self._mounts.limiter(native), lambda turn: work(turn, native, *args, **kwargs)
+            )
+        except OSError as error:
+            raise _named(error, path) from None
+
+    # At once.
+
+    def get_metadata_nowait(self, path: PathUri) -> FileMetadata | None:
+        native = path.to_native()
+        try:
+            found = self._look(native, os.O_NOFOLLOW)
+            is_symlink = found is not None and found.is_symlink
+            if is_symlink:
+                found = self._look(native, 0)
+            return None if found is None else disk.metadata_of(found, is_symlink=is_symlink)
+        except OSError as error:
+            raise _named(error, path) from None
+
+    def read_file_nowait(self, path: PathUri) -> bytes | None:
+        native = path.to_native()
+        try:
+            found = self._look(native, 0)
+            if found is None:
+                return None
+            if not found.is_file:
+                raise disk.not_a_file(native, directory=found.is_directory)
+            if found.size > QUICK_BYTES:
+                return None
+            fd = self._open_same(native, _READ, found)
+            if fd is None:
+                return None
+            try:
+                data = os.pread(fd, found.size + 1, 0)
+            finally:
+                os.close(fd)
+            return data if len(data) <= found.size else None  # it is growing
+        except OSError as error:
+            raise _named(error, path) from None
+
+    def write_file_nowait(self, path: PathUri, data: bytes) -> bool:
+        if len(data) > QUICK_BYTES:
+            return False
+        native = path.to_native()
+        try:
+            fd = self._open_to_write(native)
+            if fd is None:
+                return False
+            try:
+                disk.overwrite(Turn(), fd, data)
+            finally:
+                os.close(fd)
+            return True
+        except OSError as error:
+            raise _named(error, path) from None
+
+    def open_nowait(self, path: PathUri, mode: OpenMode) -> FileHandle | None:
+        native = path.to_native()
+        try:
+            if mode == "read":
+                found = self._look(native, 0)
+                if found is not None and not found.is_file:
+                    raise disk.not_a_file(native, directory=found.is_directory)
+                fd = None if found is None else self._open_same(native, _READ, found)
+            else:
+                fd = self._open_to_write(native, refuse_directory=True)
+                if fd is not None and mode == "replace":
+                    os.ftruncate(fd, 0)
+        except OSError as error:
+            raise _named(error, path) from None
+        if fd is None:
+            return None
+        return LocalFileHandle(fd, path, self._mounts.limiter(native), quick=True)
+
+    def _look(self, native: bytes, flags: int) -> Stat | None:
+        """What is there; `None` if it cannot be known at once, or is on no file system of this machine."""
+        fd = self._mounts.open_now(native, os.O_PATH | flags)
+        if fd is None:
+            return None
+        try:
+            found = stat_now(fd)
+        finally:
+            os.close(fd)
+        return found if found is not None and self._mounts.is_local(found.mount_id) else None
+
+    def _open_same(self, native: bytes, flags: int, found: Stat) -> int | None:
+        """Open the regular file that was found there; `None` if it is another by now."""
+        fd = self._mounts.open_now(native, flags)
+        if fd is not None and os.fstat(fd).st_ino != found.inode:
+            os.close(fd)
+            return None
+        return fd
+
+    def _open_to_write(self, native: bytes, *, refuse_directory: bool = False) -> int | None:
+        """A regular file, created if need be; `None` if it is something that may have to be waited for."""
+        try:
+            found = self._look(native, 0)
+        except FileNotFoundError:
+            fd = self._mounts.open_now(native, _WRITE | os.O_CREAT, 0o666)
+            if fd is not None and not stat.S_ISREG(os.fstat(fd).st_mode):
+                os.close(fd)
+                return None
+            return fd
+        if found is None:
+            return None
+        if refuse_directory and not found.is_file:
+            raise disk.not_a_file(native, directory=found.is_directory)
+        if not found.is_file and not found.is_directory:
+            return None
+        return self._open_same(native, _WRITE, found)
+
+
+class LocalFileHandle(FileHandle):
+    """Owns a descriptor of a regular file. `quick`: it is on a disk of this machine."""
+
+    def __init__(self, fd: int, path: PathUri, limiter: trio.CapacityLimiter, *, quick: bool) -> None:
+        self._fd = fd
+        self._path = path
+        self._limiter = limiter
+        self._quick = quick
+        self._closed = False
+
+    def read_nowait(self, offset: int, size: int) -> bytes | None:
+        if not self._quick or size > QUICK_BYTES:
+            return None
+        self._check(offset)
+        try:
+            return os.pread(self._fd, size, offset)
+        except OSError as error:
+            raise _named(error, self._path) from None
+
+    def write_nowait(self, offset: int, data: bytes) -> bool:
+        if not self._quick or len(data) > QUICK_BYTES:
+            return False
+        self._check(offset)
+        try:
+            disk.write_at(Turn(), self._fd, offset, data)
+        except OSError as error:
+            raise _named(error, self._path) from None
+        return True
+
+    async def read(self, offset: int, size: int) -> bytes:
+        data = self.read_nowait(offset, size)
+        if data is not None:
+            await trio.lowlevel.checkpoint()
+            return data
+        self._check(offset)
+        return await self._run(disk.read_at, offset, size)
+
+    async def write(self, offset: int, data: bytes) -> None:
+        if self.write_nowait(offset, data):
+            await trio.lowlevel.checkpoint()
+            return
+        self._check(offset)
+        await self._run(disk.write_at, offset, data)
+
+    def close_nowait(self) -> bool:
+        if self._quick and not self._closed:
+            self._closed = True
+            os.close(self._fd)
+        return self._closed
+
+    async def close(self, *, sync: bool = False) -> None:
+        try:
+            if sync and not self._closed:
+                await self._run(disk.sync)
+        finally:
+            if not self.close_nowait():  # on other mounts, closing may write what was not written yet
+                self._closed = True
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_PATIENCE):
+                    await self._run_on(self._fd, lambda turn, fd: None)
+            await trio.lowlevel.checkpoint()
+
+    def _check(self, offset: int) -> None:
+        if self._closed:
+            raise file_error(errno.EBADF, self._path)
+        if offset >= 2**63:
+            raise file_error(errno.EINVAL, self._path)
+
+    async def _run(
+        self, work: Callable[Concatenate[Turn, int, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """With a descriptor of its own: a thread that hangs keeps it, whoever closes ours meanwhile."""
+        return await self._run_on(os.dup(self._fd), work, *args, **kwargs)
+
+    async def _run_on(
+        self, fd: int, work: Callable[Concatenate[Turn, int, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        def with_fd(turn: Turn) -> T:
+            try:
+                return work(turn, fd, *args, **kwargs)
+            finally:
+                os.close(fd)
+
+        try:
+            return await run_in_thread(self._limiter, with_fd, unused=lambda: os.close(fd))
+        except OSError as error:
+            raise _named(error, self._path) from None
+
+
+def _named(error: OSError, path: PathUri) -> OSError:
+    """The same error with the path that the caller gave; descriptors and parents mean nothing to it."""
+    return file_error(error.errno or errno.EIO, path, error.strerror)

@@ -1,0 +1,426 @@
+"""The routes of `fs/*`, over `abc.FileSystem` (protocol.md §5).
+
+Handles and watches belong to a connection: they end with it, and no resumed session finds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import trio
+
+from execenv import codec
+from execenv.abc import FileHandle, FileSystem
+from execenv.errors import ConnectionLost, InvalidParams, InvalidRequest, NotFound, NotSupported
+from execenv.protocol import (
+    FS_CANONICALIZE,
+    FS_CLOSE,
+    FS_COPY,
+    FS_CREATE_DIRECTORY,
+    FS_GET_METADATA,
+    FS_MISSING_CHANGED,
+    FS_OPEN,
+    FS_READ_BLOCK,
+    FS_READ_DIRECTORY,
+    FS_READ_FILE,
+    FS_REMOVE,
+    FS_RENAME,
+    FS_SET_METADATA,
+    FS_WALK,
+    FS_WATCH_MISSING,
+    FS_WRITE_BLOCK,
+    FS_WRITE_FILE,
+    FileMetadata,
+    FsCanonicalizeResult,
+    FsCloseParams,
+    FsCopyParams,
+    FsCreateDirectoryParams,
+    FsMissingChangedParams,
+    FsOpenParams,
+    FsOpenResult,
+    FsPathParams,
+    FsReadBlockParams,
+    FsReadFileParams,
+    FsRemoveParams,
+    FsRenameParams,
+    FsSetMetadataParams,
+    FsWalkParams,
+    FsWatchMissingParams,
+    FsWatchMissingResult,
+    FsWriteBlockParams,
+    FsWriteFileParams,
+    Nothing,
+    Notification,
+    OpenMode,
+    WalkResult,
+)
+from execenv.rpc import Answer, Streamed
+from execenv.sandbox.policy import is_unrestricted
+
+R = TypeVar("R")
+
+MAX_FILE = 536_870_912
+MAX_BLOCK = 1024 * 1024
+MAX_HANDLES = 128
+MAX_HANDLE_ID = 32
+MAX_WATCHES = 128
+MAX_TIME_MS = 2**43  # what every file system can hold, and the year 2248
+CLOSE_GRACE = 5.0
+"""Seconds for closing files on mounts that take their time."""
+
+STREAMED_BLOCK = 72 * 1024
+"""Bytes of a file in one piece of a long answer. A multiple of 3: no piece but the last needs padding."""
+
+Handling = Coroutine[Any, Any, R]
+Notify = Callable[[Notification[Any], Any], None]
+
+
+class _Handle:
+    """A handle id that is taken. Its requests are done in the order they came."""
+
+    def __init__(self) -> None:
+        self.file: FileHandle | None = None
+        self.dropped = False
+        self._last: trio.Event | None = None
+
+    @property
+    def idle(self) -> bool:
+        return self._last is None or self._last.is_set()
+
+    def take_turn(self) -> tuple[trio.Event | None, trio.Event]:
+        before, self._last = self._last, trio.Event()
+        return before, self._last
+
+
+class FileTable:
+    """The handles and watches of one connection, and the handlers of `fs/*`.
+
+    Args:
+        nursery: where the watches run.
+        notify: sends a notification to the client.
+    """
+
+    def __init__(self, files: FileSystem, nursery: trio.Nursery, notify: Notify) -> None:
+        self._files = files
+        self._nursery = nursery
+        self._notify = notify
+        self._handles: dict[str, _Handle] = {}
+        self._closing: set[_Handle] = set()
+        self._watches: dict[int, trio.CancelScope] = {}
+
+    async def aclose(self) -> None:
+        """Close all handles."""
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_GRACE):
+            async with trio.open_nursery() as nursery:  # one on a dead mount must not keep the others open
+                for handle in (*self._handles.values(), *self._closing):
+                    if handle.file is not None and not handle.file.close_nowait():
+                        nursery.start_soon(handle.file.close)
+        self._handles.clear()
+        self._closing.clear()
+
+    # By path.
+
+    def read_file(self, params: FsReadFileParams) -> Any:
+        if params.follow_symlinks is not False:
+            data = self._files.read_file_nowait(params.path)
+            if data is not None:
+                return codec.base64_member("dataBase64", data)
+        return self._read_file(params)
+
+    async def _read_file(self, params: FsReadFileParams) -> Any:
+        if params.follow_symlinks is False:
+            data = await self._files.read_file(params.path, follow_symlinks=False)
+            return codec.base64_member("dataBase64", data)
+        return Streamed(self._file_parts(params))
+
+    async def _file_parts(self, params: FsReadFileParams) -> AsyncGenerator[bytes, None]:
+        file = await self._files.open(params.path)
+        try:
+            if (await self._files.get_metadata(params.path)).size > MAX_FILE:
+                raise InvalidRequest(f"file is too large to read: limit is {MAX_FILE} bytes")
+            head, offset = b'{"dataBase64":"', 0
+            while True:
+                data = await file.read(offset, STREAMED_BLOCK)
+                offset += len(data)
+                yield head + codec.encode_base64(data)
+                head = b""
+                if len(data) < STREAMED_BLOCK:
+                    break
+                if offset > MAX_FILE:
+                    raise InvalidRequest(f"the file grew beyond {MAX_FILE} bytes while it was read")
+            yield b'"}'
+        finally:
+            with trio.CancelScope(shield=True):
+                await file.close()
+
+    def write_file(self, params: FsWriteFileParams) -> Nothing | Handling[Nothing]:
+        try:
+            data = codec.decode_base64(params.data_base64)
+        except InvalidParams as error:
+            raise InvalidRequest(f"fs/writeFile requires valid base64 dataBase64: {error}") from None
+        follow = params.follow_symlinks is not False
+        if follow and self._files.write_file_nowait(params.path, data):
+            return Nothing()
+        return self._nothing(self._files.write_file(params.path, data, follow_symlinks=follow))
+
+    async def create_directory(self, params: FsCreateDirectoryParams) -> Nothing:
+        await self._files.create_directory(
+            params.path,
+            recursive=params.recursive is not False,
+            follow_symlinks=params.follow_symlinks is not False,
+        )
+        return Nothing()
+
+    def get_metadata(self, params: FsPathParams) -> FileMetadata | Handling[FileMetadata]:
+        follow = params.follow_symlinks is not False
+        found = self._files.get_metadata_nowait(params.path) if follow else None
+        return found or self._files.get_metadata(params.path, follow_symlinks=follow)
+
+    async def canonicalize(self, params: FsPathParams) -> FsCanonicalizeResult:
+        return FsCanonicalizeResult(await self._files.canonicalize(params.path))
+
+    async def read_directory(self, params: FsPathParams) -> Any:
+        entries = await self._files.read_directory(params.path)
+        return codec.encoded_json(  # by hand: a directory may have a hundred thousand
+            {
+                "entries": [
+                    {
+                        "fileName": entry.file_name,
+                        "isDirectory": entry.is_directory,
+                        "isFile": entry.is_file,
+                    }
+                    for entry in entries
+                ]
+            }
+        )
+
+    async def remove(self, params: FsRemoveParams) -> Nothing:
+        await self._files.remove(
+            params.path,
+            recursive=params.recursive is not False,
+            force=params.force is not False,
+            follow_symlinks=params.follow_symlinks is not False,
+        )
+        return Nothing()
+
+    async def copy(self, params: FsCopyParams) -> Nothing:
+        await self._files.copy(params.source_path, params.destination_path, recursive=params.recursive)
+        return Nothing()
+
+    async def walk(self, params: FsWalkParams) -> WalkResult:
+        return await self._files.walk(params.path, params.options)
+
+    async def rename(self, params: FsRenameParams) -> Nothing:
+        await self._files.rename(params.source_path, params.destination_path, sync=params.sync)
+        return Nothing()
+
+    async def set_metadata(self, params: FsSetMetadataParams) -> Nothing:
+        if params.mode is not None and params.mode > 0o7777:
+            raise InvalidRequest("mode must be permission bits, at most 0o7777")
+        if params.modified_at_ms is not None and abs(params.modified_at_ms) > MAX_TIME_MS:
+            raise InvalidRequest("modifiedAtMs is out of range")
+        await self._files.set_metadata(params.path, mode=params.mode, modified_at_ms=params.modified_at_ms)
+        return Nothing()
+
+    async def _nothing(self, work: Coroutine[Any, Any, None]) -> Nothing:
+        await work
+        return Nothing()
+
+    # By handle (§5.2).
+
+    def open(self, params: FsOpenParams) -> FsOpenResult | Handling[FsOpenResult]:
+        _check_handle_id(params.handle_id)
+        if params.handle_id in self._handles:
+            raise InvalidRequest(f"file handle `{params.handle_id}` already exists")
+        if len(self._handles) >= MAX_HANDLES:
+            raise InvalidRequest(f"at most {MAX_HANDLES} file handles may be open per connection")
+        handle = _Handle()
+        handle.file = self._files.open_nowait(params.path, _mode(params))
+        self._handles[params.handle_id] = handle
+        if handle.file is not None:
+            return FsOpenResult(params.handle_id)
+        return self._open(handle, params, handle.take_turn()[1])
+
+    async def _open(self, handle: _Handle, params: FsOpenParams, done: trio.Event) -> FsOpenResult:
+        try:
+            handle.file = await self._files.open(params.path, _mode(params))
+            return FsOpenResult(params.handle_id)
+        finally:
+            if handle.file is None:
+                self._forget(params.handle_id, handle)
+            done.set()
+
+    def read_block(self, params: FsReadBlockParams) -> Any:
+        _check_handle_id(params.handle_id)
+        if not 1 <= params.len <= MAX_BLOCK:
+            raise InvalidRequest(f"file read block length must be between 1 and {MAX_BLOCK}")
+        handle = self._handle(params.handle_id)
+        if handle.idle and handle.file is not None:
+            try:
+                data = handle.file.read_nowait(params.offset, params.len)
+            except OSError:
+                self._forget(params.handle_id, handle)
+                handle.file.close_nowait()
+                raise
+            if data is not None:
+                return _block(data, params.len)
+        return self._read_block(handle, params, *handle.take_turn())
+
+    async def _read_block(
+        self, handle: _Handle, params: FsReadBlockParams, before: trio.Event | None, done: trio.Event
+    ) -> Any:
+        try:
+            file = await self._in_turn(handle, params.handle_id, before)
+            try:
+                return _block(await file.read(params.offset, params.len), params.len)
+            except OSError:
+                self._forget(params.handle_id, handle)
+                await file.close()
+                raise
+        finally:
+            done.set()
+
+    def write_block(self, params: FsWriteBlockParams) -> Nothing | Handling[Nothing]:
+        _check_handle_id(params.handle_id)
+        if not 1 <= len(params.chunk) <= MAX_BLOCK:
+            raise InvalidRequest(f"file write block length must be between 1 and {MAX_BLOCK}")
+        if params.offset + len(params.chunk) >= 2**63:
+            raise InvalidRequest("file write range exceeds the signed 64-bit file offset limit")
+        handle = self._handle(params.handle_id)
+        if handle.idle and handle.file is not None and handle.file.write_nowait(params.offset, params.chunk):
+            return Nothing()
+        return self._write_block(handle, params, *handle.take_turn())
+
+    async def _write_block(
+        self, handle: _Handle, params: FsWriteBlockParams, before: trio.Event | None, done: trio.Event
+    ) -> Nothing:
+        try:
+            file = await self._in_turn(handle, params.handle_id, before)
+            await file.write(params.offset, params.chunk)
+            return Nothing()
+        finally:
+            done.set()
+
+    def close(self, params: FsCloseParams) -> Nothing | Handling[Nothing]:
+        _check_handle_id(params.handle_id)
+        handle = self._handles.pop(params.handle_id, None)  # its id is free for what comes next
+        if handle is None:
+            return Nothing()
+        if handle.idle and handle.file is not None and not params.sync and handle.file.close_nowait():
+            return Nothing()
+        return self._close(handle, params.sync, *handle.take_turn())
+
+    async def _close(
+        self, handle: _Handle, sync: bool, before: trio.Event | None, done: trio.Event
+    ) -> Nothing:
+        self._closing.add(handle)
+        try:
+            if before is not None:
+                await before.wait()
+            if handle.file is not None:
+                await handle.file.close(sync=sync)
+            self._closing.discard(handle)
+            return Nothing()
+        finally:
+            done.set()
+
+    def _handle(self, handle_id: str) -> _Handle:
+        try:
+            return self._handles[handle_id]
+        except KeyError:
+            raise NotFound(f"unknown file handle `{handle_id}`") from None
+
+    async def _in_turn(self, handle: _Handle, handle_id: str, before: trio.Event | None) -> FileHandle:
+        if before is not None:
+            await before.wait()
+        if handle.file is None or handle.dropped:
+            raise NotFound(f"unknown file handle `{handle_id}`")
+        return handle.file
+
+    def _forget(self, handle_id: str, handle: _Handle) -> None:
+        handle.dropped = True
+        if self._handles.get(handle_id) is handle:
+            del self._handles[handle_id]
+
+    # Watches (§5.11).
+
+    async def watch_missing(self, params: FsWatchMissingParams) -> Answer[FsWatchMissingResult]:
+        old = self._watches.pop(params.watch_id, None)
+        if old is not None:
+            old.cancel()
+        answered = trio.Event()
+        watching = False
+        if len(self._watches) < MAX_WATCHES:
+            watching = await self._nursery.start(self._watch, params, answered)
+        return Answer(FsWatchMissingResult(watching), answered.set)
+
+    async def _watch(
+        self,
+        params: FsWatchMissingParams,
+        answered: trio.Event,
+        task_status: trio.TaskStatus[bool] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        scope = trio.CancelScope()
+        try:
+            with scope:
+                async with self._files.watch_missing(params.missing, params.present) as watch:
+                    if watch is None:
+                        task_status.started(False)
+                        return
+                    self._watches[params.watch_id] = scope
+                    task_status.started(True)
+                    await answered.wait()
+                    await watch.wait()
+                with suppress(ConnectionLost):
+                    self._notify(FS_MISSING_CHANGED, FsMissingChangedParams(params.watch_id))
+        finally:
+            if self._watches.get(params.watch_id) is scope:
+                del self._watches[params.watch_id]
+
+
+def _check_handle_id(handle_id: str) -> None:
+    if len(handle_id.encode(errors="surrogatepass")) > MAX_HANDLE_ID:
+        raise InvalidRequest(f"file handle ID must not exceed {MAX_HANDLE_ID} bytes")
+
+
+def _mode(params: FsOpenParams) -> OpenMode:
+    return "update" if params.keep and params.mode == "replace" else params.mode
+
+
+def _block(data: bytes, wanted: int) -> Any:
+    return codec.base64_member("chunk", data, ',"eof":true' if len(data) < wanted else ',"eof":false')
+
+
+def refuse_sandbox(params: Any) -> None:
+    """Never ignore a sandbox that is not enforced.
+
+    Raises:
+        NotSupported: if `params` ask for one that restricts anything.
+    """
+    if not is_unrestricted(getattr(params, "sandbox", None)):
+        raise NotSupported(
+            "this exec-server cannot enforce a sandbox on files, so nothing was done; "
+            "ask without one (sandbox: null) if the files may be used unconfined"
+        )
+
+
+ROUTES = (
+    (FS_READ_FILE, FileTable.read_file),
+    (FS_WRITE_FILE, FileTable.write_file),
+    (FS_CREATE_DIRECTORY, FileTable.create_directory),
+    (FS_GET_METADATA, FileTable.get_metadata),
+    (FS_CANONICALIZE, FileTable.canonicalize),
+    (FS_READ_DIRECTORY, FileTable.read_directory),
+    (FS_REMOVE, FileTable.remove),
+    (FS_COPY, FileTable.copy),
+    (FS_WALK, FileTable.walk),
+    (FS_OPEN, FileTable.open),
+    (FS_READ_BLOCK, FileTable.read_block),
+    (FS_WRITE_BLOCK, FileTable.write_block),
+    (FS_CLOSE, FileTable.close),
+    (FS_WATCH_MISSING, FileTable.watch_missing),
+    (FS_RENAME, FileTable.rename),
+    (FS_SET_METADATA, FileTable.set_metadata),
+)
