@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -15,14 +14,13 @@ import trio
 from attrs import frozen
 
 from execenv._service import open_nursery
+from execenv._standard_streams import pieces, write
 from execenv.environment import Environment
 from execenv.errors import NotSupported, OutputGap, ProcessNotStarted
 from execenv.open import open_environment
 from execenv.process import Process
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
-PIECE = 4096  # PIPE_BUF: what a pipe that is writable takes without blocking
-READ_SIZE = 64 * 1024
 
 
 @frozen
@@ -58,7 +56,7 @@ async def _run(environment: Environment, job: Job) -> int:
     whole: bytes | None = None
     if not job.tty and not can_end_stdin:
         # This server cannot be told of the end of stdin, but it can be given one of a known length.
-        whole = b"" if os.isatty(0) else b"".join([piece async for piece in _pieces(0)])
+        whole = b"" if os.isatty(0) else b"".join([piece async for piece in pieces(0)])
     extra_env = dict(job.extra_env)
     if job.tty:
         extra_env.setdefault("TERM", os.environ.get("TERM", "dumb"))
@@ -114,7 +112,7 @@ async def _adopt_size(process: Process) -> None:
 async def _forward_stdin(process: Process) -> None:
     assert process.stdin is not None
     with suppress(trio.BrokenResourceError):
-        async for piece in _pieces(0):
+        async for piece in pieces(0):
             await process.stdin.send_all(piece)
         await process.stdin.aclose()
 
@@ -126,46 +124,14 @@ async def _send(process: Process, data: bytes) -> None:
             await process.stdin.aclose()
 
 
-async def _pieces(fd: int) -> AsyncIterator[bytes]:
-    """What can be read from a descriptor that is left blocking: others may share it with us."""
-    while True:
-        await _ready(trio.lowlevel.wait_readable, fd)
-        try:
-            piece = os.read(fd, READ_SIZE)
-        except OSError as error:
-            if error.errno == errno.EAGAIN:
-                continue
-            return
-        if not piece:
-            return
-        yield piece
-
-
 async def _forward_output(process: Process) -> None:
     while True:
         try:
             async for chunk in process:
-                await _write(2 if chunk.stream == "stderr" else 1, chunk.data)
+                await write(2 if chunk.stream == "stderr" else 1, chunk.data)
             return
         except OutputGap as gap:
             print(f"execenv: {gap}", file=sys.stderr)
-
-
-async def _write(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        await _ready(trio.lowlevel.wait_writable, fd)
-        try:
-            view = view[os.write(fd, view[:PIECE]) :]
-        except BlockingIOError:
-            continue
-
-
-async def _ready(wait, fd: int) -> None:  # type: ignore[no-untyped-def]
-    try:
-        await wait(fd)
-    except PermissionError:  # a regular file is always ready, and epoll refuses to say so
-        await trio.lowlevel.checkpoint()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The command line: `execenv serve` and `execenv run`.
+"""The command line: `execenv serve`, `run`, `cp`, `ls`, `cat`, `info` and `http`.
 
 Imports nothing that takes long: `serve` prints its URL before Trio is imported, and clients that connect
 meanwhile wait in the kernel's queue.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 import signal
 import socket
 import sys
@@ -20,6 +19,7 @@ import click
 from execenv._version import __version__
 
 if TYPE_CHECKING:
+    from execenv._locations import Location
     from execenv.server.auth import Authenticator
 
 OUR_FAILURE = 125  # as env, docker run and timeout have it: the command itself never ran
@@ -30,6 +30,22 @@ Examples:
   execenv run -- make test
   execenv run --env ws://127.0.0.1:8765 --cwd /src -- pytest -x
   execenv run --env "ssh devbox execenv serve --listen stdio" --tty -- bash
+"""
+
+EPILOG_CP = """
+\b
+Examples:
+  execenv cp report.pdf ws://127.0.0.1:8765:/srv/
+  execenv cp -r ws://127.0.0.1:8765:/var/log logs
+  execenv cp -r --alias box="ssh devbox execenv serve --listen stdio" src box:work/
+"""
+
+EPILOG_HTTP = """
+\b
+Examples:
+  execenv http --env ws://127.0.0.1:8765 http://localhost:3000/health
+  execenv http -X POST -H 'content-type: application/json' -d '{}' https://api.example.com/
+  execenv http --header-from 'Authorization: Bearer $API_TOKEN' https://api.example.com/
 """
 
 EPILOG_SERVE = """
@@ -51,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         status = cli.main(args=words, prog_name="execenv", standalone_mode=False)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         hint = ""
         if isinstance(error, click.UsageError):
@@ -60,8 +79,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except (Exception, BaseExceptionGroup) as error:
         if debug:
             raise
-        if isinstance(error, BaseExceptionGroup) and error.subgroup(KeyboardInterrupt):
-            sys.exit(130)
         click.echo(f"execenv: {_one_line(error)}", err=True)
         sys.exit(OUR_FAILURE if words[:1] == ["run"] else 1)
     sys.exit(status if isinstance(status, int) else 0)
@@ -79,18 +96,31 @@ def _open_standard_streams() -> None:
 def _one_line(error: BaseException) -> str:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    text = " ".join(str(error).split()) or type(error).__name__
+    from execenv._standard_streams import one_line
     from execenv.errors import ExecenvError
+    from execenv.paths import ForeignPathError, PathUriError
 
-    if isinstance(error, ExecenvError | OSError):
-        return text
-    return f"internal error: {type(error).__name__}: {text} (run again with --debug to see where)"
+    if isinstance(error, ExecenvError | OSError | ForeignPathError | PathUriError):
+        return one_line(error)
+    return f"internal error: {type(error).__name__}: {one_line(error)} (run again with --debug to see where)"
 
 
-def _debug_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--debug", is_flag=True, help="Log everything to stderr, and show tracebacks.")(
-        function
-    )
+_debug_option = click.option("--debug", is_flag=True, help="Log everything to stderr, and show tracebacks.")
+_env_option = click.option(
+    "--env",
+    "target",
+    default="local",
+    show_default=True,
+    metavar="TARGET",
+    help="Where: 'local', a ws:// or wss:// URL, or a command that speaks the protocol over stdio.",
+)
+_token_option = click.option(
+    "--token-file", metavar="PATH", help="The file that holds the bearer token of the URL."
+)
+_alias_option = click.option(
+    "--alias", "aliases", multiple=True, metavar="NAME=TARGET", help="Name an environment, for NAME:PATH."
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def _log_to_stderr(debug: bool) -> None:
@@ -101,6 +131,7 @@ def _log_to_stderr(debug: bool) -> None:
         level=logging.DEBUG if debug else logging.WARNING,
         format="execenv: %(levelname)s %(name)s: %(message)s",
     )
+    logging.getLogger("httpcore2").setLevel(logging.INFO)  # below that it logs headers, with their secrets
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -293,15 +324,8 @@ def _bound_socket(host: str, port: int) -> socket.socket:
 @cli.command(
     epilog=EPILOG_RUN, context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False}
 )
-@click.option(
-    "--env",
-    "target",
-    default="local",
-    show_default=True,
-    metavar="TARGET",
-    help="Where: 'local', a ws:// or wss:// URL, or a command that speaks the protocol over stdio.",
-)
-@click.option("--token-file", metavar="PATH", help="The file that holds the bearer token of the URL.")
+@_env_option
+@_token_option
 @click.option("-t", "--tty", is_flag=True, help="Run it on a terminal, as an interactive program needs it.")
 @click.option("--cwd", metavar="DIR", help="The directory to run in, as the environment names it.")
 @click.option(
@@ -328,41 +352,239 @@ def run(
     stdin is passed on. The exit status is the program's; 127 if it was not found, 126 if it could not be
     run, 125 if anything else failed. Ctrl-C interrupts the program, a second one ends it.
     """
-    import trio
-
     from execenv import _run_command
 
-    _log_to_stderr(debug)
+    where, token = _target(target), _token(token_file)
     job = _run_command.Job(
-        target=_target(target),
-        token=_token(token_file),
+        target=where,
+        token=None if where == "local" else token,
         argv=argv,
         tty=tty,
         cwd=cwd,
         extra_env=dict(map(_assignment, assignments)),
     )
-    raise click.exceptions.Exit(trio.run(_run_command.run_job, job))
+    _exit_with(debug, _run_command.run_job, job)
+
+
+@cli.command(epilog=EPILOG_CP)
+@click.option("-r", "--recursive", is_flag=True, help="Copy directories with all that is in them.")
+@click.option("--atomic", is_flag=True, help="Bring each file to the disk before it gets its name.")
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@_alias_option
+@_token_option
+@_json_option
+@_debug_option
+@click.argument("sources", nargs=-1, required=True, metavar="SRC...")
+@click.argument("destination", metavar="DST")
+def cp(
+    sources: tuple[str, ...],
+    destination: str,
+    recursive: bool,
+    atomic: bool,
+    quiet: bool,
+    aliases: tuple[str, ...],
+    token_file: str | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Copy files and trees between environments: PATH is here, URL:PATH or NAME:PATH elsewhere.
+
+    Into DST if that is a directory, else to exactly DST. Permissions and times are kept, links are followed.
+    What was cut goes on where it was, and what is there already is left alone, when the same is copied again.
+    """
+    from execenv import _data_commands
+
+    job = _data_commands.CopyJob(
+        sources=_locations(sources, aliases),
+        destination=_locations((destination,), aliases)[0],
+        token=_token(token_file),
+        recursive=recursive,
+        atomic=atomic,
+        as_json=as_json,
+        quiet=quiet,
+    )
+    _exit_with(debug, _data_commands.run_copy, job)
+
+
+@cli.command()
+@click.option("-l", "--long", is_flag=True, help="Show permissions, size and time of the last change.")
+@_env_option
+@_alias_option
+@_token_option
+@_json_option
+@_debug_option
+@click.argument("paths", nargs=-1)
+def ls(
+    paths: tuple[str, ...],
+    long: bool,
+    target: str,
+    aliases: tuple[str, ...],
+    token_file: str | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """List directories of an environment. A PATH may name its own environment, as for cp."""
+    from execenv import _data_commands
+
+    locations = _locations(paths or ("",), aliases, target)
+    job = _data_commands.ListJob(locations, _token(token_file), long, as_json)
+    _exit_with(debug, _data_commands.run_list, job)
+
+
+@cli.command()
+@_env_option
+@_alias_option
+@_token_option
+@_debug_option
+@click.argument("paths", nargs=-1, required=True)
+def cat(
+    paths: tuple[str, ...], target: str, aliases: tuple[str, ...], token_file: str | None, debug: bool
+) -> None:
+    """Write the content of files to stdout. A PATH may name its own environment, as for cp."""
+    from execenv import _data_commands
+
+    _exit_with(debug, _data_commands.run_cat, _locations(paths, aliases, target), _token(token_file))
+
+
+@cli.command()
+@_env_option
+@_token_option
+@_json_option
+@_debug_option
+def info(target: str, token_file: str | None, as_json: bool, debug: bool) -> None:
+    """Show what an environment says of itself."""
+    from functools import partial
+
+    from execenv import _data_commands
+
+    run_info = partial(_data_commands.run_info, as_json=as_json)
+    _exit_with(debug, run_info, _target(target), _token(token_file))
+
+
+@cli.command(epilog=EPILOG_HTTP)
+@_env_option
+@_token_option
+@click.option("-X", "--method", metavar="METHOD", help="GET, or POST where there is a body, if not given.")
+@click.option("-H", "--header", "headers", multiple=True, metavar="'NAME: VALUE'", help="Add a header.")
+@click.option(
+    "--header-from",
+    "secret_headers",
+    multiple=True,
+    metavar="'NAME: PREFIX$VARIABLE'",
+    help="Add a header that ends with a variable of the environment, which it keeps to itself.",
+)
+@click.option("-d", "--data", metavar="TEXT|@FILE|@-", help="The body, as it is sent.")
+@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="For all of it; no limit.")
+@click.option("--no-follow", is_flag=True, help="Do not follow redirects.")
+@click.option("-i", "--include", is_flag=True, help="Print status and headers before the body.")
+@click.option("-f", "--fail", is_flag=True, help="End with status 1 if the server answers 400 or more.")
+@_json_option
+@_debug_option
+@click.argument("url")
+def http(
+    url: str,
+    target: str,
+    token_file: str | None,
+    method: str | None,
+    headers: tuple[str, ...],
+    secret_headers: tuple[str, ...],
+    data: str | None,
+    timeout: float | None,
+    no_follow: bool,
+    include: bool,
+    fail: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Send an HTTP request from an environment, and write the body of the response to stdout."""
+    from execenv import _data_commands
+
+    pairs = [_data_commands.header(text) for text in headers]
+    pairs += [_data_commands.header(text, from_variable=True) for text in secret_headers]
+    job = _data_commands.HttpJob(
+        target=_target(target),
+        token=_token(token_file),
+        method=method or ("GET" if data is None else "POST"),
+        url=url,
+        headers=pairs,
+        body=None if data is None or data == "@-" else _content(data),
+        body_from_stdin=data == "@-",
+        timeout=timeout,
+        follow=not no_follow,
+        include=include,
+        fail=fail,
+        as_json=as_json,
+    )
+    _exit_with(debug, _data_commands.run_http, job)
+
+
+def _exit_with(debug: bool, command: Callable[..., Any], *args: Any) -> NoReturn:
+    """Run a command to its end and exit with the status that it gives back."""
+    import trio
+
+    _log_to_stderr(debug)
+    try:
+        status = trio.run(command, *args)
+    except BaseException as error:
+        if _is_in(error, KeyboardInterrupt):
+            status = 128 + signal.SIGINT
+        elif _is_in(error, BrokenPipeError):  # whoever reads our output has seen enough
+            status = 128 + signal.SIGPIPE
+        else:
+            raise
+    raise click.exceptions.Exit(status)
+
+
+def _is_in(error: BaseException, kind: type[BaseException]) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return error.subgroup(kind) is not None
+    return isinstance(error, kind)
+
+
+def _content(data: str) -> bytes:
+    return _file(data[1:]) if data.startswith("@") else data.encode("utf-8", "surrogateescape")
+
+
+def _file(path: str, named: str = "") -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise click.ClickException(f"cannot read {named}{path}: {error.strerror}") from error
+
+
+def _locations(texts: Sequence[str], aliases: Sequence[str], default: str = "local") -> list[Location]:
+    from execenv._locations import parse_alias, parse_location
+    from execenv.errors import UsageError
+
+    try:
+        known = dict(map(parse_alias, aliases))
+        return [parse_location(text, known, _target(default)) for text in texts]
+    except UsageError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _target(text: str) -> str | list[str]:
-    if text == "local" or text.startswith(("ws://", "wss://")):
-        return text
-    words = shlex.split(text)
-    if len(words) == 1 and "://" in text:
-        raise click.ClickException(f"{text!r} is no environment: use local, a ws:// URL or a command")
-    if not words:
-        raise click.ClickException("--env is empty: use local, a ws:// URL or a command")
-    return words
+    from execenv._locations import parse_target
+    from execenv.errors import UsageError
+
+    try:
+        return parse_target(text)
+    except UsageError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def _token(path: str | None) -> str | None:
     if path is None:
-        return os.environ.get("EXECENV_TOKEN") or None
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().strip()
-    except OSError as error:
-        raise click.ClickException(f"cannot read --token-file {path}: {error.strerror}") from error
+        token, source = os.environ.get("EXECENV_TOKEN", ""), "EXECENV_TOKEN"
+        if not token:
+            return None
+    else:
+        source = f"--token-file {path}"
+        token = _file(path, "--token-file ").decode(errors="replace").strip()
+    if not token or not token.isascii() or not token.isprintable():  # it goes into a header
+        raise click.ClickException(f"{source} holds no token: one line of ASCII")
+    return token
 
 
 def _assignment(text: str) -> tuple[str, str]:

@@ -1,0 +1,147 @@
+"""Paths and environments as they are written on the command line."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from execenv._locations import Location, Target, parse_alias, parse_location, parse_target
+from execenv.errors import UsageError
+
+BOX = ["ssh", "box", "execenv serve --listen stdio"]
+ALIASES: dict[str, Target] = {"box": BOX, "url": "ws://10.0.0.1:9"}
+
+# As `os.fsdecode` gives it: any character but NUL, and surrogates for bytes that are not UTF-8.
+ARGUMENTS = st.text(
+    st.characters(codec="utf-8", exclude_characters="\0") | st.sampled_from("\udc80\udcff:/.[]")
+)
+HOSTS = st.sampled_from(["localhost", "127.0.0.1", "[::1]", "[fe80::1%eth0]", "box.example", "user@box"])
+PORTS = st.just("") | st.integers(0, 65535).map(lambda port: f":{port}")
+URL_PATHS = st.just("") | st.from_regex(r"/[a-z0-9/?=&.-]*", fullmatch=True)
+URLS = st.builds("{}://{}{}{}".format, st.sampled_from(["ws", "wss"]), HOSTS, PORTS, URL_PATHS)
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "path"),
+    [
+        ("report.pdf", "local", "report.pdf"),
+        ("/srv/a:b", "local", "/srv/a:b"),
+        ("./a:b", "local", "./a:b"),
+        ("dir/a:b", "local", "dir/a:b"),
+        (":a", "local", ":a"),
+        ("", "local", ""),
+        ("a\nb", "local", "a\nb"),
+        ("local:a", "local", "a"),
+        ("local:", "local", ""),
+        ("box:work/", BOX, "work/"),
+        ("box:", BOX, ""),
+        ("box:a:b", BOX, "a:b"),
+        ("box:C:\\work", BOX, "C:\\work"),
+        ("box:\udcff\n", BOX, "\udcff\n"),
+        ("url:/srv", "ws://10.0.0.1:9", "/srv"),
+        ("ws://127.0.0.1:8765:/srv", "ws://127.0.0.1:8765", "/srv"),
+        ("ws://127.0.0.1:8765:", "ws://127.0.0.1:8765", ""),
+        ("ws://127.0.0.1:8765/:a", "ws://127.0.0.1:8765/", "a"),
+        ("ws://127.0.0.1:8765:9000", "ws://127.0.0.1:8765", "9000"),
+        ("wss://host.example:/srv", "wss://host.example", "/srv"),
+        ("wss://host.example:2024-logs", "wss://host.example", "2024-logs"),
+        ("wss://host.example/one/two?x=1:a:b/c", "wss://host.example/one/two?x=1", "a:b/c"),
+        ("ws://[::1]:8765:/srv", "ws://[::1]:8765", "/srv"),
+        ("ws://[::1]:/srv", "ws://[::1]", "/srv"),
+    ],
+)
+def test_location_is_a_path_and_where_it_is(text: str, target: Target, path: str) -> None:
+    assert parse_location(text, ALIASES) == Location(target, path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("other:a", ["'other'", "--alias other=TARGET", "./other:a"]),
+        ("ws://127.0.0.1:8765", ["names no path", "URL:PATH"]),
+        ("ws://127.0.0.1:8765/", ["names no path"]),
+        ("ws://127.0.0.1:8765/srv", ["names no path"]),
+        ("wss://host.example", ["names no path"]),
+        ("ws://[::1]:8765", ["names no path"]),
+        ("ws://:a", ["names no path"]),
+        ("ws://[]:a", ["names no path"]),
+        ("http://127.0.0.1:8765:/srv", ["'http'"]),
+    ],
+)
+def test_what_names_no_place_is_refused_with_what_to_write(text: str, words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_location(text, ALIASES)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_path_without_a_place_is_in_the_default_one() -> None:
+    assert parse_location("a", {}, BOX) == Location(BOX, "a", "a")
+    assert parse_location("local:a", {}, BOX) == Location("local", "a", "local:a")
+
+
+@given(ARGUMENTS)
+def test_any_text_is_a_location_or_refused(text: str) -> None:
+    try:
+        location = parse_location(text, ALIASES)
+    except UsageError:
+        assert ":" in text
+        return
+    assert location.text == text
+    assert text.endswith(location.path)
+    assert text.removesuffix(location.path) in ("", "box:", "url:", "local:", f"{location.target}:")
+
+
+@given(URLS, ARGUMENTS)
+def test_any_path_may_follow_a_url(url: str, path: str) -> None:
+    if path[:1].isdecimal():
+        path = f"./{path}"  # behind a host without a port, a number would be that
+    assert parse_location(f"{url}:{path}", {}) == Location(url, path, f"{url}:{path}")
+
+
+@given(ARGUMENTS)
+def test_path_that_begins_with_a_directory_is_always_here(path: str) -> None:
+    assert parse_location(f"./{path}", ALIASES) == Location("local", f"./{path}", f"./{path}")
+    assert parse_location(f"/{path}", ALIASES) == Location("local", f"/{path}", f"/{path}")
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("local", "local"),
+        ("ws://127.0.0.1:1/x?y", "ws://127.0.0.1:1/x?y"),
+        ("wss://host.example", "wss://host.example"),
+        ("ssh box 'execenv serve --listen stdio'", BOX),
+        ("/opt/my\\ server", ["/opt/my server"]),
+        ("server ws://127.0.0.1:1", ["server", "ws://127.0.0.1:1"]),
+    ],
+)
+def test_target_is_this_machine_a_url_or_a_command(text: str, target: Target) -> None:
+    assert parse_target(text) == target
+
+
+@pytest.mark.parametrize("text", ["", "  ", "http://127.0.0.1:1", "'ssh box", "ssh box\\"])
+def test_what_is_no_target_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is no "):
+        parse_target(text)
+
+
+@given(st.lists(ARGUMENTS, min_size=2))
+def test_command_is_split_as_a_shell_would(words: list[str]) -> None:
+    text = shlex.join(words)
+    if not text.startswith(("ws://", "wss://")):
+        assert parse_target(text) == words
+
+
+def test_alias_names_a_target() -> None:
+    assert parse_alias("box=ssh box 'execenv serve --listen stdio'") == ("box", BOX)
+    assert parse_alias("a=ws://127.0.0.1:1/?b=c") == ("a", "ws://127.0.0.1:1/?b=c")
+
+
+@pytest.mark.parametrize("text", ["box", "=ssh box", "a/b=local", "a:b=local", "box=", "box=http://x"])
+def test_what_is_no_alias_is_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_alias(text)
