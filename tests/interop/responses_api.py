@@ -21,10 +21,11 @@ from attrs import define, field, frozen
 
 @frozen
 class FunctionCall:
-    """A tool call by the model: the tool's name and its arguments (sent as JSON text)."""
+    """A tool call by the model: its name, its arguments (sent as JSON text), and its namespace if any."""
 
     name: str
     arguments: Mapping[str, object]
+    namespace: str | None = None
 
 
 @frozen
@@ -176,6 +177,7 @@ def _items(number: int, reply: Reply) -> list[dict[str, object]]:
             "call_id": f"call_{number}_{index}",
             "name": call.name,
             "arguments": json.dumps(dict(call.arguments)),
+            **({} if call.namespace is None else {"namespace": call.namespace}),
         }
         for index, call in enumerate(calls)
     ]
