@@ -26,7 +26,7 @@ from time import perf_counter
 
 import trio
 
-from execenv import Environment, open_environment
+from execenv import Environment, EnvironmentPath, open_environment
 
 MIB = 1 << 20
 LOCAL, OURS = "local", "execenv"
@@ -120,6 +120,61 @@ async def rpc_pipelined(target: str) -> float:
         return 64 * 40 / (perf_counter() - began)
 
 
+@asynccontextmanager
+async def _folder(target: str) -> AsyncIterator[tuple[Environment, EnvironmentPath]]:
+    """A directory in the environment. All of them are on this machine."""
+    async with open_environment(target) as env:
+        with tempfile.TemporaryDirectory() as folder:
+            yield env, env.path(folder)
+
+
+async def stat(target: str) -> float:
+    """Calls per second, one after another."""
+    async with _folder(target) as (_, folder):
+        return 1 / await _seconds_each(folder.stat, 500)
+
+
+async def read_small(target: str) -> float:
+    """Files of 1 KiB per second, one after another."""
+    async with _folder(target) as (_, folder):
+        await (folder / "small").write_bytes(bytes(1024))
+        return 1 / await _seconds_each((folder / "small").read_bytes, 300)
+
+
+async def write_small(target: str) -> float:
+    async with _folder(target) as (_, folder):
+        return 1 / await _seconds_each(partial((folder / "small").write_bytes, bytes(1024)), 300)
+
+
+async def download(target: str) -> float:
+    """MiB per second of a file of 64 MiB, to a file here."""
+    async with _folder(target) as (env, folder):
+        await env.run(["sh", "-c", f"head -c {64 * MIB} /dev/zero > {folder / 'large'}"])
+        began = perf_counter()
+        await env.files.download(folder / "large", str(folder / "copy"))
+        return 64 / (perf_counter() - began)
+
+
+async def upload(target: str) -> float:
+    """MiB per second of a file of 64 MiB, from a file here."""
+    async with _folder(target) as (env, folder):
+        await env.run(["sh", "-c", f"head -c {64 * MIB} /dev/zero > {folder / 'large'}"])
+        began = perf_counter()
+        await env.files.upload(str(folder / "large"), folder / "copy")
+        return 64 / (perf_counter() - began)
+
+
+async def upload_tree(target: str) -> float:
+    """Files of 1 KiB per second, 400 in 20 directories."""
+    async with _folder(target) as (env, folder):
+        files = "for f in $(seq 20); do head -c 1024 /dev/zero > t/$d/$f; done"
+        make = f"for d in $(seq 20); do mkdir -p t/$d; {files}; done"
+        await env.run(["sh", "-c", make], cwd=folder)
+        began = perf_counter()
+        await env.files.upload(str(folder / "t"), folder / "copy")
+        return 400 / (perf_counter() - began)
+
+
 MEASURES: tuple[tuple[str, Measure, str], ...] = (
     ("connect and leave", connect, "ms"),
     ("run /bin/true", spawn, "ms"),
@@ -128,6 +183,12 @@ MEASURES: tuple[tuple[str, Measure, str], ...] = (
     ("output", output, "MiB/s"),
     ("call", rpc, "op/s"),
     ("call, 64 at once", rpc_pipelined, "op/s"),
+    ("stat", stat, "op/s"),
+    ("read 1 KiB", read_small, "op/s"),
+    ("write 1 KiB", write_small, "op/s"),
+    ("download 64 MiB", download, "MiB/s"),
+    ("upload 64 MiB", upload, "MiB/s"),
+    ("upload a tree", upload_tree, "op/s"),
 )
 
 
