@@ -154,6 +154,7 @@ class TextFile:
         self._decoder = codecs.getincrementaldecoder(encoding)(errors)
         self._encoder = codecs.getincrementalencoder(encoding)(errors)
         self._text = ""
+        self._at = 0  # how much of it was taken
 
     @property
     def path(self) -> PathUri:
@@ -169,20 +170,26 @@ class TextFile:
 
     async def read(self, size: int = -1) -> str:
         """Up to `size` characters, fewer only at the end; all of it without `size`."""
-        while size < 0 or len(self._text) < size:
-            if not await self._fill():
-                break
-        end = len(self._text) if size < 0 else size
-        text, self._text = self._text[:end], self._text[end:]
-        return text
+        parts: list[str] = []
+        left = size
+        while left and (self._at < len(self._text) or await self._fill()):
+            part = self._text[self._at :] if left < 0 else self._text[self._at : self._at + left]
+            parts.append(part)
+            self._at += len(part)
+            if left > 0:
+                left -= len(part)
+        return "".join(parts)
 
     async def readline(self) -> str:
         """One line with its end, which the last one may lack; empty at the end of the file."""
-        while "\n" not in self._text and await self._fill():
-            pass
-        end = self._text.find("\n") + 1 or len(self._text)
-        text, self._text = self._text[:end], self._text[end:]
-        return text
+        parts: list[str] = []
+        while self._at < len(self._text) or await self._fill():
+            end = self._text.find("\n", self._at) + 1 or len(self._text)
+            parts.append(self._text[self._at : end])
+            self._at = end
+            if parts[-1].endswith("\n"):
+                break
+        return "".join(parts)
 
     def __aiter__(self) -> TextFile:
         return self
@@ -204,6 +211,11 @@ class TextFile:
         await self._file.aclose()
 
     async def _fill(self) -> bool:
-        data = await self._file.read(64 * 1024)
-        self._text += self._decoder.decode(data, final=not data)
-        return bool(data)
+        """More text, behind what was taken; false at the end."""
+        self._text, self._at = "", 0
+        while not self._text:
+            data = await self._file.read(64 * 1024)
+            self._text = self._decoder.decode(data, final=not data)
+            if not data:
+                break
+        return bool(self._text)
