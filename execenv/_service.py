@@ -75,6 +75,32 @@ async def service(
                 shelter.deadline = min(shelter.deadline, trio.current_time() + grace)
 
 
+class Turns:
+    """Who comes first goes first, however long each takes.
+
+    before, done = turns.take()  # at once, in the order that is to be kept
+    if before is not None:
+        await before.wait()
+    ...
+    done.set()
+    """
+
+    __slots__ = ("_last",)
+
+    def __init__(self) -> None:
+        self._last: trio.Event | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody is at it, and nobody waits."""
+        return self._last is None or self._last.is_set()
+
+    def take(self) -> tuple[trio.Event | None, trio.Event]:
+        """What to wait for before, and what to set at the end."""
+        before, self._last = self._last, trio.Event()
+        return before, self._last
+
+
 class Wakeup:
     """A flag that one task waits for and anything may raise; waiting lowers it again.
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import trio
 
 from execenv import codec
+from execenv._service import Turns
 from execenv.abc import FileHandle, FileSystem
 from execenv.errors import ConnectionLost, InvalidParams, InvalidRequest, NotFound, NotSupported
 from execenv.protocol import (
@@ -83,15 +84,7 @@ class _Handle:
     def __init__(self) -> None:
         self.file: FileHandle | None = None
         self.dropped = False
-        self._last: trio.Event | None = None
-
-    @property
-    def idle(self) -> bool:
-        return self._last is None or self._last.is_set()
-
-    def take_turn(self) -> tuple[trio.Event | None, trio.Event]:
-        before, self._last = self._last, trio.Event()
-        return before, self._last
+        self.turns = Turns()
 
 
 class FileTable:
@@ -241,7 +234,7 @@ class FileTable:
         self._handles[params.handle_id] = handle
         if handle.file is not None:
             return FsOpenResult(params.handle_id)
-        return self._open(handle, params, handle.take_turn()[1])
+        return self._open(handle, params, handle.turns.take()[1])
 
     async def _open(self, handle: _Handle, params: FsOpenParams, done: trio.Event) -> FsOpenResult:
         try:
@@ -257,7 +250,7 @@ class FileTable:
         if not 1 <= params.len <= MAX_BLOCK:
             raise InvalidRequest(f"file read block length must be between 1 and {MAX_BLOCK}")
         handle = self._handle(params.handle_id)
-        if handle.idle and handle.file is not None:
+        if handle.turns.idle and handle.file is not None:
             try:
                 data = handle.file.read_nowait(params.offset, params.len)
             except OSError:
@@ -266,7 +259,7 @@ class FileTable:
                 raise
             if data is not None:
                 return _block(data, params.len)
-        return self._read_block(handle, params, *handle.take_turn())
+        return self._read_block(handle, params, *handle.turns.take())
 
     async def _read_block(
         self, handle: _Handle, params: FsReadBlockParams, before: trio.Event | None, done: trio.Event
@@ -289,9 +282,13 @@ class FileTable:
         if params.offset + len(params.chunk) >= 2**63:
             raise InvalidRequest("file write range exceeds the signed 64-bit file offset limit")
         handle = self._handle(params.handle_id)
-        if handle.idle and handle.file is not None and handle.file.write_nowait(params.offset, params.chunk):
+        if (
+            handle.turns.idle
+            and handle.file is not None
+            and handle.file.write_nowait(params.offset, params.chunk)
+        ):
             return Nothing()
-        return self._write_block(handle, params, *handle.take_turn())
+        return self._write_block(handle, params, *handle.turns.take())
 
     async def _write_block(
         self, handle: _Handle, params: FsWriteBlockParams, before: trio.Event | None, done: trio.Event
@@ -308,9 +305,9 @@ class FileTable:
         handle = self._handles.pop(params.handle_id, None)  # its id is free for what comes next
         if handle is None:
             return Nothing()
-        if handle.idle and handle.file is not None and not params.sync and handle.file.close_nowait():
+        if handle.turns.idle and handle.file is not None and not params.sync and handle.file.close_nowait():
             return Nothing()
-        return self._close(handle, params.sync, *handle.take_turn())
+        return self._close(handle, params.sync, *handle.turns.take())
 
     async def _close(
         self, handle: _Handle, sync: bool, before: trio.Event | None, done: trio.Event

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from execenv import codec
+from execenv._service import Turns
 from execenv.abc import Closed, Event, Exited, KillReceipt, Output, Process
 from execenv.errors import ConnectionLost, InvalidRequest
 from execenv.protocol import (
@@ -60,7 +61,7 @@ class _Entry:
         self.started = trio.Event()
         self._session = session
         self._template = codec.OutputTemplate(process_id)
-        self._last_turn: trio.Event | None = None
+        self.turns = Turns()  # of who writes
         self._window: int | None = None
         self._under_way: deque[tuple[int, int]] = deque()  # seq and size of what the client has not taken
         self._under_way_bytes = 0
@@ -138,17 +139,6 @@ class _Entry:
             closed = ProcessClosedParams(self.process_id, event.seq)
             return codec.encode_notification(PROCESS_CLOSED.name, codec.unstructure(closed))
         return b""  # the client learns of holes from the seqs, and of failures from its next call
-
-    # Order of writes: who comes first writes first, however long each has to wait.
-
-    @property
-    def idle(self) -> bool:
-        """Whether nobody waits to write."""
-        return self._last_turn is None or self._last_turn.is_set()
-
-    def take_turn(self) -> tuple[trio.Event | None, trio.Event]:
-        before, self._last_turn = self._last_turn, trio.Event()
-        return before, self._last_turn
 
 
 class ProcessTable:
@@ -237,11 +227,11 @@ class ProcessTable:
         entry = self._entries.get(params.process_id)
         if entry is None:
             return ProcessWriteResult("unknownProcess")
-        if entry.process is not None and entry.idle:
+        if entry.process is not None and entry.turns.idle:
             status = entry.process.write_nowait(params.chunk, params.write_id)
             if status is not None:
                 return ProcessWriteResult(status)
-        return self._write_in_turn(entry, params, *entry.take_turn())
+        return self._write_in_turn(entry, params, *entry.turns.take())
 
     async def _write_in_turn(
         self, entry: _Entry, params: ProcessWriteParams, before: trio.Event | None, done: trio.Event
@@ -258,7 +248,7 @@ class ProcessTable:
 
     def close_stdin(self, params: ProcessCloseStdinParams) -> Coroutine[Any, Any, Nothing]:
         entry = self._known(params.process_id)
-        return self._close_stdin_in_turn(entry, *entry.take_turn())
+        return self._close_stdin_in_turn(entry, *entry.turns.take())
 
     async def _close_stdin_in_turn(
         self, entry: _Entry, before: trio.Event | None, done: trio.Event
