@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, closing
 
 import trio
 
-from execenv._service import open_nursery
+from execenv._service import open_nursery, service
 from execenv.abc import EnvironmentBackend
 from execenv.local.filesystem import LocalFileSystem
 from execenv.local.http import LocalHttpClient, open_http
@@ -17,22 +17,36 @@ from execenv.local.mounts import Mounts
 from execenv.local.output_log import RETAINED_BYTES
 from execenv.local.processes import LocalProcesses
 from execenv.local.threads import run_in_thread
-from execenv.local.tree import Marks, mark_myself, subreaper
+from execenv.local.tree import Marks, mark_myself, reap_adopted, subreaper
 from execenv.local.watchdog import Watchdog, open_watchdog
 from execenv.protocol import EnvironmentConfig, EnvironmentConfigReadParams, EnvironmentInfo
 
 __all__ = ["Guard", "LocalEnvironment", "open_guard", "open_local"]
 
+REAP_INTERVAL = 10.0
+
 
 class Guard:
-    """What all local environments of one program share: marks for its children, the watchdog, the mounts, and
-    connections to HTTP servers."""
+    """What all local environments of one program share.
+
+    Marks for its children, the watchdog, the mounts, and connections to HTTP servers.
+
+    Attributes:
+        known: the children that somebody waits for.
+    """
 
     def __init__(self, marks: Marks, watchdog: Watchdog, mounts: Mounts, http: LocalHttpClient) -> None:
         self.http = http
         self.marks = marks
         self.mounts = mounts
         self.watchdog = watchdog
+        self.known: set[int] = set()
+
+    async def reap_for_ever(self) -> None:
+        """Reap short-lived orphans, as init would: else they were zombies until their tree ends."""
+        while True:
+            await trio.sleep(REAP_INTERVAL)
+            reap_adopted(self.marks.prefix, self.known)
 
 
 @asynccontextmanager
@@ -49,7 +63,9 @@ async def open_guard(*, whole_program: bool = False) -> AsyncIterator[Guard]:
         async with open_watchdog(marks.prefix, sys.executable) as watchdog:
             with closing(Mounts()) as mounts:
                 async with open_http() as http:
-                    yield Guard(marks, watchdog, mounts, http)
+                    guard = Guard(marks, watchdog, mounts, http)
+                    async with service(guard.reap_for_ever):
+                        yield guard
 
 
 class LocalEnvironment(EnvironmentBackend):
@@ -92,7 +108,9 @@ async def open_local(
     processes = None
     try:
         async with open_nursery() as nursery:
-            processes = LocalProcesses(nursery, guard.marks, guard.watchdog, retained_bytes=retained_bytes)
+            processes = LocalProcesses(
+                nursery, guard.marks, guard.watchdog, guard.known, retained_bytes=retained_bytes
+            )
             try:
                 yield LocalEnvironment(processes, LocalFileSystem(guard.mounts), guard.http)
             finally:

@@ -406,7 +406,7 @@ class LocalProcesses(Processes):
 
     Args:
         nursery: where they are supervised. Cancelling it ends them all.
-        marks, watchdog: shared by all environments of a server.
+        marks, watchdog, known: shared by all environments of a server; see `Guard`.
         retained_bytes: how much output of each process is kept for reading again.
         ours: the environment variables that policies start from.
     """
@@ -416,13 +416,14 @@ class LocalProcesses(Processes):
         nursery: trio.Nursery,
         marks: Marks,
         watchdog: Watchdog,
+        known: set[int],
         *,
         retained_bytes: int = RETAINED_BYTES,
         ours: Mapping[str, str] | None = None,
     ) -> None:
         self.nursery = nursery
         self.retained_bytes = retained_bytes
-        self.known: set[int] = set()
+        self.known = known
         self.closed = False
         self._by_id: dict[str, LocalProcess] = {}
         self.left_behind: set[LocalProcess] = set()

@@ -533,7 +533,7 @@ def reap_adopted(prefix: int, children_known: Collection[int]) -> None:
     then.
     """
     for pid in _adopted(children_known):
-        if (read_mark(pid) or 0) >> SERIAL_BITS == prefix:
+        if _is_sibling(read_mark(pid), prefix << SERIAL_BITS):
             _reap_dead(pid)
 
 
