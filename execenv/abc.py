@@ -356,10 +356,13 @@ class FileSystem(ABC):
         """What is below a directory (§5.10)."""
 
     @abstractmethod
-    async def open(self, path: PathUri, mode: OpenMode = "read") -> FileHandle:
+    async def open(
+        self, path: PathUri, mode: OpenMode = "read", *, follow_symlinks: bool = True
+    ) -> FileHandle:
         """Open a regular file.
 
-        `"replace"` creates it or makes it empty; `"update"` creates it or leaves what is in it.
+        `"replace"` creates it or makes it empty; `"update"` creates it or leaves what is in it. Only `"read"`
+        can go without following links.
 
         Raises:
             NotSupported: if the environment cannot do that.

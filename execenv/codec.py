@@ -86,7 +86,7 @@ def decode(data: bytes, *, limited: bool = True) -> Message:
         cut = _cut_payload(data)
         if cut is not None:
             shell, payload = cut
-            message = decode(shell, limited=limited)
+            message = _decode(shell, limited=limited)
             return message if _put_back(message, payload) else _decode(data, limited=limited)
     return _decode(data, limited=limited)
 
@@ -370,9 +370,14 @@ def encoded(value: object) -> Json:
     return orjson.Fragment(orjson.dumps(unstructure(value)))
 
 
-def encoded_json(value: Json) -> Json:
+def encode_json(value: Json) -> bytes:
     """JSON values encoded as they are, for results of which there may be very many."""
-    return orjson.Fragment(orjson.dumps(value))
+    return orjson.dumps(value)
+
+
+def fragment(data: bytes) -> Json:
+    """A value that is encoded already."""
+    return orjson.Fragment(data)
 
 
 def _structure_unit(value: Json, cls: type[T]) -> T:
@@ -409,7 +414,7 @@ def _wrong_type(value: Json, expected: str) -> str:
     elif isinstance(value, memoryview):
         found = "string"
     elif isinstance(value, str):
-        found = f'string "{value[:80]}"' if expected == "u64" else "string"
+        found = f'string "{value[:80]}"'
     else:
         found = "sequence" if isinstance(value, list) else "map"
     return f"invalid type: {found}, expected {expected}"

@@ -92,8 +92,8 @@ class BinaryFile:
         """Write what is in the buffer."""
         if self._writing and self._buffer:
             data = bytes(self._buffer)
+            await self._handle.write(self._offset, data)  # cancelled, it is written anew by the next flush
             self._buffer.clear()
-            await self._handle.write(self._offset, data)
             self._offset += len(data)
         await trio.lowlevel.checkpoint()
 
@@ -116,7 +116,8 @@ class BinaryFile:
     async def aclose(self) -> None:
         """Flush and close it. Closes it also when cancelled, or when the flush fails."""
         try:
-            await self.flush()
+            if not self._closed:
+                await self.flush()
         finally:
             self._closed = True
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
@@ -172,7 +173,7 @@ class TextFile:
         """Up to `size` characters, fewer only at the end; all of it without `size`."""
         parts: list[str] = []
         left = size
-        while left and (self._at < len(self._text) or await self._fill()):
+        while left and (self._at < len(self._text) or await self._fill(parts)):
             part = self._text[self._at :] if left < 0 else self._text[self._at : self._at + left]
             parts.append(part)
             self._at += len(part)
@@ -183,7 +184,7 @@ class TextFile:
     async def readline(self) -> str:
         """One line with its end, which the last one may lack; empty at the end of the file."""
         parts: list[str] = []
-        while self._at < len(self._text) or await self._fill():
+        while self._at < len(self._text) or await self._fill(parts):
             end = self._text.find("\n", self._at) + 1 or len(self._text)
             parts.append(self._text[self._at : end])
             self._at = end
@@ -210,11 +211,15 @@ class TextFile:
     async def aclose(self) -> None:
         await self._file.aclose()
 
-    async def _fill(self) -> bool:
-        """More text, behind what was taken; false at the end."""
+    async def _fill(self, taken: list[str]) -> bool:
+        """More text, behind what was taken; false at the end. If that fails, `taken` is there again."""
         self._text, self._at = "", 0
         while not self._text:
-            data = await self._file.read(64 * 1024)
+            try:
+                data = await self._file.read(64 * 1024)
+            except BaseException:
+                self._text = "".join(taken)
+                raise
             self._text = self._decoder.decode(data, final=not data)
             if not data:
                 break

@@ -38,7 +38,7 @@ from execenv.errors import (
 )
 from execenv.paths import ForeignPathError
 from execenv.protocol import Method, Nothing, Notification
-from execenv.transports.channel import Channel
+from execenv.transports.channel import ANSWER_LIMIT, Channel
 
 logger = getLogger(__name__)
 
@@ -334,6 +334,9 @@ class Peer:
             data = self._held.popleft()
             self._request_bytes -= len(data)
             self._handle(data)
+            if self.channel.queued > ANSWER_LIMIT:  # as the channel's reader would have waited
+                with suppress(ConnectionLost):
+                    await self.channel.wait_room()
         if not self._alone:
             self._held = None
             self._idle.unpark_all()

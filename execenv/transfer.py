@@ -427,6 +427,8 @@ class _Transfer:
 
     async def _copy_in_place(self, source: PathUri, destination: PathUri) -> None:
         self.report.metadata_kept = False
+        if await self._is_itself(source, destination):
+            return  # opening it to write would lose it
         reader = await self.source.open(source)
         async with _closing(reader), aclosing(self._counted(reader, 0)) as blocks:
             try:
@@ -437,6 +439,14 @@ class _Transfer:
             async with _closing(writer):
                 await writer.write_blocks(blocks)
                 await writer.close()
+
+    async def _is_itself(self, source: PathUri, destination: PathUri) -> bool:
+        if self.source is not self.destination:
+            return False
+        try:
+            return await self.source.canonicalize(source) == await self.source.canonicalize(destination)
+        except FileNotFoundError:
+            return False
 
     async def _counted(self, reader: FileHandle, offset: int) -> AsyncGenerator[bytes, None]:
         async with aclosing(reader.read_blocks(offset)) as blocks:

@@ -250,10 +250,10 @@ async def test_what_a_hanging_thread_opens_is_closed_when_it_comes_back(
 ) -> None:
     real = disk.open_to_read
 
-    def open_to_read(turn: Turn, path: bytes) -> int:
+    def open_to_read(turn: Turn, path: bytes, *, follow: bool) -> int:
         stuck.hang()
         try:
-            return real(turn, path)
+            return real(turn, path, follow=follow)
         finally:
             stuck.ended.release()
 
@@ -470,11 +470,11 @@ def test_mounts_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
             r"28 22 0:26 / /tab\011and\012line rw - 9p x rw",
         )
         with closing(Mounts()) as here:
-            local = here.limiter(b"/")
+            local = here.limiter(b"/", deep=True)
             assert {number for number in range(40) if here.is_local(number)} == {22, 24, 27}
             assert not here.is_local(None)
             for path in (b"/x", b"/srvx", b"/srv/with blank", b"/srv/with blank/x", b"/over/x", b"/back"):
-                assert here.limiter(path) is local
+                assert here.limiter(path, deep=True) is local
             elsewhere = [
                 here.limiter(path) for path in (b"/srv/x", b"/back\\slash/x/y", b"/tab\tand\nline", b"/srv")
             ]
@@ -505,7 +505,7 @@ def test_without_mountinfo_all_goes_to_threads(monkeypatch: pytest.MonkeyPatch) 
             assert files.read_file_nowait(path) is None
             assert files.get_metadata_nowait(path) is None
             assert not files.write_file_nowait(path, b"y")
-            assert here.limiter(b"/x") is here.limiter(b"/proc")
+            assert here.limiter(b"/x", deep=True) is here.limiter(b"/proc", deep=True)
 
 
 # Without some of the calls of Linux.
@@ -810,3 +810,26 @@ def test_any_path_comes_back(parts: list[bytes], data: bytes) -> None:
 
     with folder() as top, closing(Mounts()) as here:
         trio.run(write_and_find, local_files(here), top)
+
+
+async def test_path_longer_than_any_is_refused_at_once() -> None:
+    path = PathUri.from_native("/a" * 50_000)
+    with trio.fail_after(30):
+        async with open_environment("local") as environment:
+            files = environment.files
+            for call in (
+                files.read_file(path),
+                files.write_file(path, b""),
+                files.get_metadata(path),
+                files.create_directory(path),
+                files.remove(path),
+                files.copy("/", path, recursive=True),
+                files.copy(path, "/tmp/copy"),
+                files.walk(path),
+            ):
+                with pytest.raises(OSError, match="File name too long") as caught:
+                    await call
+                assert caught.value.errno == errno.ENAMETOOLONG
+            with pytest.raises(OSError, match="File name too long"):
+                async with files.watch_missing([path] * 40):
+                    pass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import stat
 import tomllib
 from collections.abc import Sequence
 from typing import Any
@@ -68,7 +69,9 @@ def _layers(files: Sequence[tuple[str, str]], keys: Keys) -> tuple[ConfigLayer, 
 
 def _load(path: str) -> Table:
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise InternalError(f"failed to load executor-local config: {path}: not a regular file")
             data = file.read(MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         return {}
@@ -82,6 +85,10 @@ def _load(path: str) -> Table:
         where = re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", str(error))
         text = f"{path}:{where[2]}:{where[3]}: {where[1]}" if where else f"{path}: {error}"
         raise InternalError(f"failed to load executor-local config: {text}") from None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)  # a fifo would wait for a writer
 
 
 def _trusts(user: Table, cwd: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import stat
 from collections import deque
 from collections.abc import Iterator
@@ -34,6 +35,9 @@ MAX_WALK_ENTRIES = 80_000
 """Entries of one walk, whatever its options say: what fits into a message that a peer will parse (§2.1)."""
 
 STEP = 1024 * 1024
+CHECK_INTERVAL = 0.1
+"""Seconds between two looks whether anybody still waits, while a device takes nothing."""
+
 _LOOKED = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _WRITTEN = os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
@@ -119,8 +123,17 @@ def open_to_write(turn: Turn, path: bytes, *, keep: bool) -> int:
         os.close(fd)
         raise not_a_file(path, directory=False)
     if not keep:
-        os.ftruncate(fd, 0)
+        empty(fd)
     return turn.hand_over(fd)
+
+
+def empty(fd: int) -> None:
+    """Cut a file that was just opened to nothing; it is closed if that cannot be done (a sealed memfd)."""
+    try:
+        os.ftruncate(fd, 0)
+    except OSError:
+        os.close(fd)
+        raise
 
 
 def read_at(turn: Turn, fd: int, offset: int, size: int) -> bytes:
@@ -163,7 +176,7 @@ def write_file(turn: Turn, path: bytes, data: bytes, *, follow: bool) -> int | N
     """`None` when it is done; a descriptor of what is no regular file, which must be waited for.
 
     Raises:
-        OSError: ENXIO for a fifo that nobody reads.
+        OSError: ENXIO for a fifo that nobody reads, as for a socket or a device that isn't there.
     """
     fd = _open(path, _WRITTEN | os.O_CREAT, follow=follow)
     try:
@@ -175,10 +188,17 @@ def write_file(turn: Turn, path: bytes, data: bytes, *, follow: bool) -> int | N
     return None
 
 
+def is_fifo(turn: Turn, path: bytes) -> bool:
+    return stat.S_ISFIFO(stat_path(path).mode)
+
+
 def overwrite(turn: Turn, fd: int, data: bytes) -> None:
     """Make `data` the content. Cut at the end and not at the beginning: what ext4 sees emptied and written
     anew it brings to the disk at once, which takes longer than all the rest."""
-    write_at(turn, fd, 0, data)
+    left = memoryview(data)
+    while left:  # not by position, which files of /proc cannot do
+        turn.check()
+        left = left[os.write(fd, left[:STEP]) :]
     if os.fstat(fd).st_size > len(data):
         os.ftruncate(fd, len(data))
 
@@ -383,7 +403,11 @@ def _empty(turn: Turn, path: bytes) -> None:
         while left or above:
             turn.check()
             if left:
-                child = os.open(left[-1], _INSIDE, dir_fd=fd)
+                try:
+                    child = os.open(left[-1], _INSIDE, dir_fd=fd)
+                except FileNotFoundError:  # somebody else removed it meanwhile
+                    left.pop()
+                    continue
                 above.append((left, os.fstat(fd)))
                 os.close(fd)
                 fd = child
@@ -395,7 +419,8 @@ def _empty(turn: Turn, path: bytes) -> None:
                 fd = parent
                 if not os.path.samestat(os.fstat(fd), expected):
                     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)  # moved away meanwhile
-                os.rmdir(left.pop(), dir_fd=fd)
+                with suppress(FileNotFoundError):
+                    os.rmdir(left.pop(), dir_fd=fd)
     finally:
         os.close(fd)
 
@@ -410,10 +435,13 @@ def _remove_files(turn: Turn, fd: int) -> list[bytes]:
             if entry.is_dir(follow_symlinks=False):
                 try:
                     os.rmdir(name, dir_fd=fd)
+                except FileNotFoundError:
+                    continue
                 except OSError:  # most likely not empty
                     left.append(name)
             else:
-                os.unlink(name, dir_fd=fd)
+                with suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=fd)
     return left
 
 
@@ -440,7 +468,8 @@ def set_metadata(turn: Turn, path: bytes, mode: int | None, modified_at_ms: int 
 # Copying (§5.9).
 
 
-def copy(turn: Turn, source: bytes, destination: bytes, *, recursive: bool) -> None:
+def copy(turn: Turn, source: bytes, destination: bytes, *, recursive: bool) -> int | None:
+    """`None` when it is done; a descriptor of what is no regular file, which must be waited for."""
     source, destination = source.rstrip(b"/") or b"/", destination.rstrip(b"/") or b"/"
     found = os.lstat(source)
     if stat.S_ISDIR(found.st_mode):
@@ -451,9 +480,11 @@ def copy(turn: Turn, source: bytes, destination: bytes, *, recursive: bool) -> N
     elif stat.S_ISLNK(found.st_mode):
         os.symlink(os.readlink(source), destination)
     elif stat.S_ISREG(found.st_mode):
-        _copy_file(turn, source, destination)
+        special = _copy_file(turn, source, destination)
+        return None if special is None else turn.hand_over(special)
     else:
         raise refused(source, errno.EINVAL, "fs/copy only supports regular files, directories, and symlinks")
+    return None
 
 
 def _copy_tree(turn: Turn, source: bytes, destination: bytes) -> None:
@@ -476,10 +507,13 @@ def _copy_tree(turn: Turn, source: bytes, destination: bytes) -> None:
                 elif entry.is_dir():
                     waiting.append((entry.path, inner))
                 elif entry.is_file():
-                    _copy_file(turn, entry.path, inner)
+                    special = _copy_file(turn, entry.path, inner)
+                    if special is not None:
+                        _copy_to_special(turn, entry.path, special)
 
 
-def _copy_file(turn: Turn, source: bytes, destination: bytes) -> None:
+def _copy_file(turn: Turn, source: bytes, destination: bytes) -> int | None:
+    """`None` when it is done; a descriptor of the destination, if that is a fifo or a device."""
     reader = os.open(source, _LOOKED)
     try:
         found = os.fstat(reader)
@@ -488,18 +522,36 @@ def _copy_file(turn: Turn, source: bytes, destination: bytes) -> None:
         try:
             before = os.fstat(writer)
             if os.path.samestat(found, before):
-                return  # emptying it first would lose it
-            if stat.S_ISREG(before.st_mode):
-                os.ftruncate(writer, 0)
-                _copy_bytes(turn, reader, writer)
-                os.fchmod(writer, mode)
-            else:
-                os.set_blocking(writer, True)
-                _copy_by_hand(turn, reader, writer)
+                return None  # emptying it first would lose it
+            if not stat.S_ISREG(before.st_mode):
+                return os.dup(writer)
+            os.ftruncate(writer, 0)
+            _copy_bytes(turn, reader, writer)
+            os.fchmod(writer, mode)
+            return None
         finally:
             os.close(writer)
     finally:
         os.close(reader)
+
+
+def _copy_to_special(turn: Turn, source: bytes, writer: int) -> None:
+    """Copy to a fifo or a device in a tree, as fast as it takes it, and close that."""
+    try:
+        reader = os.open(source, _LOOKED)
+        try:
+            while part := os.read(reader, STEP):
+                left = memoryview(part)
+                while left:
+                    turn.check()
+                    try:
+                        left = left[os.write(writer, left) :]
+                    except BlockingIOError:
+                        select.select((), (writer,), (), CHECK_INTERVAL)
+        finally:
+            os.close(reader)
+    finally:
+        os.close(writer)
 
 
 def _copy_bytes(turn: Turn, reader: int, writer: int) -> None:

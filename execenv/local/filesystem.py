@@ -10,14 +10,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Concatenate, ParamSpec, TypeVar
 
 import trio
 
 from execenv.abc import FileHandle, FileSystem, Watch
-from execenv.errors import file_error
+from execenv.errors import NotSupported, file_error
 from execenv.local import disk
 from execenv.local.mounts import Mounts, Stat, stat_now
 from execenv.local.threads import Turn, run_in_thread
@@ -34,8 +35,13 @@ QUICK_BYTES = 1024 * 1024
 FIFO_RETRY = 0.05
 """Seconds between two looks for somebody who reads a fifo: the kernel tells of it nowhere."""
 
+FIFO_LONGEST_RETRY = 0.5
+"""The same when nobody has come for a while."""
+
 CLOSE_PATIENCE = 5.0
 """Seconds for closing a file on another mount, also when the caller is cancelled."""
+
+PATH_MAX = 4096  # with the NUL at its end; linux/limits.h
 
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
 _WRITE = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
@@ -56,16 +62,37 @@ class LocalFileSystem(FileSystem):
         if follow_symlinks and self.write_file_nowait(path, data):
             await trio.lowlevel.checkpoint()
             return
+        pause = FIFO_RETRY
         while True:
             try:
                 special = await self._run(disk.write_file, path, data, follow=follow_symlinks)
                 break
             except OSError as error:
-                if error.errno != errno.ENXIO:
+                if error.errno != errno.ENXIO or not await self._run(disk.is_fifo, path):
                     raise
-            await trio.sleep(FIFO_RETRY)
+            await trio.sleep(pause)
+            pause = min(2 * pause, FIFO_LONGEST_RETRY)
+            while (special := self._open_fifo(path)) is None:  # without a thread: thousands may wait
+                await trio.sleep(pause)
+                pause = min(2 * pause, FIFO_LONGEST_RETRY)
+            if special >= 0:
+                break
         if special is not None:
-            await self._write_special(path, special, data)
+            try:
+                await self._write_special(path, special, data)
+            finally:
+                os.close(special)
+
+    def _open_fifo(self, path: PathUri) -> int | None:
+        """What nobody read a moment ago; `None` if that is still so, -1 if it must be looked at anew."""
+        try:
+            fd = self._mounts.open_now(_native(path), _WRITE)
+        except OSError as error:
+            return None if error.errno == errno.ENXIO else -1
+        if fd is not None and stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            return -1
+        return -1 if fd is None else fd
 
     async def _write_special(self, path: PathUri, fd: int, data: bytes) -> None:
         """Write to a fifo or a device, as fast as it takes it."""
@@ -73,14 +100,12 @@ class LocalFileSystem(FileSystem):
         try:
             while left:
                 try:
-                    left = left[os.write(fd, left) :]
+                    left = left[os.write(fd, left[:QUICK_BYTES]) :]
                     await trio.lowlevel.checkpoint()
                 except BlockingIOError:
                     await trio.lowlevel.wait_writable(fd)
         except OSError as error:
             raise _named(error, path) from None
-        finally:
-            os.close(fd)
 
     async def create_directory(
         self, path: PathUri, *, recursive: bool = True, follow_symlinks: bool = True
@@ -98,42 +123,67 @@ class LocalFileSystem(FileSystem):
         return PathUri.from_native(await self._run(disk.canonicalize, path))
 
     async def read_directory(self, path: PathUri) -> tuple[DirectoryEntry, ...]:
-        return await self._run(disk.read_directory, path)
+        limiter = self._mounts.limiter(_native(path), deep=True)
+        return await self._run_in(limiter, disk.read_directory, path)
 
     async def remove(
         self, path: PathUri, *, recursive: bool = True, force: bool = True, follow_symlinks: bool = True
     ) -> None:
-        await self._run(disk.remove, path, recursive=recursive, force=force, follow=follow_symlinks)
+        limiter = self._mounts.limiter(_native(path), deep=recursive)
+        await self._run_in(
+            limiter, disk.remove, path, recursive=recursive, force=force, follow=follow_symlinks
+        )
 
     async def copy(self, source: PathUri, destination: PathUri, *, recursive: bool) -> None:
-        await self._run(disk.copy, source, destination.to_native(), recursive=recursive)
+        native = _native(destination)
+        limiter = self._mounts.limiter(_native(source), native, deep=recursive)
+        special = await self._run_in(limiter, disk.copy, source, native, recursive=recursive)
+        if special is None:
+            return
+        try:
+            reader = await self.open(source)
+            try:
+                async with aclosing(reader.read_blocks()) as blocks:
+                    async for block in blocks:
+                        await self._write_special(source, special, block)
+            finally:
+                await reader.close()
+        finally:
+            os.close(special)
 
     async def walk(self, path: PathUri, options: WalkOptions) -> WalkResult:
-        return await self._run(disk.walk, path, options)
+        limiter = self._mounts.limiter(_native(path), deep=True)
+        return await self._run_in(limiter, disk.walk, path, options)
 
-    async def open(self, path: PathUri, mode: OpenMode = "read") -> FileHandle:
+    async def open(
+        self, path: PathUri, mode: OpenMode = "read", *, follow_symlinks: bool = True
+    ) -> FileHandle:
+        if not follow_symlinks and mode != "read":
+            raise NotSupported("links are always followed where a file is written in blocks")
         await trio.lowlevel.checkpoint_if_cancelled()  # not behind it: the handle would be lost
-        handle = self.open_nowait(path, mode)
+        handle = self.open_nowait(path, mode) if follow_symlinks else None
         if handle is not None:
             await trio.lowlevel.cancel_shielded_checkpoint()
             return handle
         if mode == "read":
-            fd = await self._run(disk.open_to_read, path)
+            fd = await self._run(disk.open_to_read, path, follow=follow_symlinks)
         else:
             fd = await self._run(disk.open_to_write, path, keep=mode == "update")
-        return LocalFileHandle(fd, path, self._mounts.limiter(path.to_native()), quick=False)
+        return LocalFileHandle(fd, path, self._mounts.limiter(_native(path)), quick=False)
 
     @asynccontextmanager
     async def watch_missing(
         self, missing: tuple[PathUri, ...], present: PathUri | None = None
     ) -> AsyncIterator[Watch | None]:
-        natives = [path.to_native() for path in missing]
-        there = None if present is None else present.to_native()
+        natives = [_native(path) for path in missing]
+        there = None if present is None else _native(present)
         async with open_watch(natives, there, self._mounts) as watch:
             yield watch
 
     async def rename(self, source: PathUri, destination: PathUri, *, sync: bool = False) -> None:
-        await self._run(disk.rename, source, destination.to_native(), sync=sync)
+        native = _native(destination)
+        limiter = self._mounts.limiter(_native(source), native)
+        await self._run_in(limiter, disk.rename, source, native, sync=sync)
 
     async def can_transfer(self) -> bool:
         await trio.lowlevel.checkpoint()
@@ -148,18 +198,27 @@ class LocalFileSystem(FileSystem):
     async def _run(
         self, work: Callable[Concatenate[Turn, bytes, P], T], path: PathUri, *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        native = path.to_native()
+        limiter = self._mounts.limiter(_native(path))
+        return await self._run_in(limiter, work, path, *args, **kwargs)
+
+    async def _run_in(
+        self,
+        limiter: trio.CapacityLimiter,
+        work: Callable[Concatenate[Turn, bytes, P], T],
+        path: PathUri,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        native = _native(path)
         try:
-            return await run_in_thread(
-                self._mounts.limiter(native), lambda turn: work(turn, native, *args, **kwargs)
-            )
+            return await run_in_thread(limiter, lambda turn: work(turn, native, *args, **kwargs))
         except OSError as error:
             raise _named(error, path) from None
 
     # At once.
 
     def get_metadata_nowait(self, path: PathUri) -> FileMetadata | None:
-        native = path.to_native()
+        native = _native(path)
         try:
             found = self._look(native, os.O_NOFOLLOW)
             is_symlink = found is not None and found.is_symlink
@@ -170,7 +229,7 @@ class LocalFileSystem(FileSystem):
             raise _named(error, path) from None
 
     def read_file_nowait(self, path: PathUri) -> bytes | None:
-        native = path.to_native()
+        native = _native(path)
         try:
             found = self._look(native, 0)
             if found is None:
@@ -193,7 +252,7 @@ class LocalFileSystem(FileSystem):
     def write_file_nowait(self, path: PathUri, data: bytes) -> bool:
         if len(data) > QUICK_BYTES:
             return False
-        native = path.to_native()
+        native = _native(path)
         try:
             fd = self._open_to_write(native)
             if fd is None:
@@ -207,7 +266,7 @@ class LocalFileSystem(FileSystem):
             raise _named(error, path) from None
 
     def open_nowait(self, path: PathUri, mode: OpenMode) -> FileHandle | None:
-        native = path.to_native()
+        native = _native(path)
         try:
             if mode == "read":
                 found = self._look(native, 0)
@@ -217,7 +276,7 @@ class LocalFileSystem(FileSystem):
             else:
                 fd = self._open_to_write(native, refuse_directory=True)
                 if fd is not None and mode == "replace":
-                    os.ftruncate(fd, 0)
+                    disk.empty(fd)
         except OSError as error:
             raise _named(error, path) from None
         if fd is None:
@@ -271,6 +330,7 @@ class LocalFileHandle(FileHandle):
         self._limiter = limiter
         self._quick = quick
         self._closed = False
+        self._lock = threading.Lock()  # between closing it and a thread that makes a descriptor of its own
 
     def read_nowait(self, offset: int, size: int) -> bytes | None:
         if not self._quick or size > QUICK_BYTES:
@@ -308,9 +368,13 @@ class LocalFileHandle(FileHandle):
 
     def close_nowait(self) -> bool:
         if self._quick and not self._closed:
-            self._closed = True
-            os.close(self._fd)
+            os.close(self._taken())
         return self._closed
+
+    def _taken(self) -> int:
+        with self._lock:
+            self._closed = True
+            return self._fd
 
     async def close(self, *, sync: bool = False) -> None:
         try:
@@ -318,10 +382,19 @@ class LocalFileHandle(FileHandle):
                 await self._run(disk.sync)
         finally:
             if not self.close_nowait():  # on other mounts, closing may write what was not written yet
-                self._closed = True
-                with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_PATIENCE):
-                    await self._run_on(self._fd, lambda turn, fd: None)
+                await self._close_in_thread(self._taken())
             await trio.lowlevel.checkpoint()
+
+    async def _close_in_thread(self, fd: int) -> None:
+        # In a thread of its own, whatever else hangs on that mount: closing may hang there too, so it is
+        # never done on the Trio thread, and not given up before it has begun.
+        try:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_PATIENCE):
+                await trio.to_thread.run_sync(
+                    os.close, fd, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
+                )
+        except OSError as error:
+            raise _named(error, self._path) from None
 
     def _check(self, offset: int) -> None:
         if self._closed:
@@ -333,21 +406,29 @@ class LocalFileHandle(FileHandle):
         self, work: Callable[Concatenate[Turn, int, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """With a descriptor of its own: a thread that hangs keeps it, whoever closes ours meanwhile."""
-        return await self._run_on(os.dup(self._fd), work, *args, **kwargs)
 
-    async def _run_on(
-        self, fd: int, work: Callable[Concatenate[Turn, int, P], T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
         def with_fd(turn: Turn) -> T:
+            with self._lock:
+                if self._closed:
+                    raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+                fd = os.dup(self._fd)
             try:
                 return work(turn, fd, *args, **kwargs)
             finally:
                 os.close(fd)
 
         try:
-            return await run_in_thread(self._limiter, with_fd, unused=lambda: os.close(fd))
+            return await run_in_thread(self._limiter, with_fd)
         except OSError as error:
             raise _named(error, self._path) from None
+
+
+def _native(path: PathUri) -> bytes:
+    """The path here. One that no call takes is refused here; some work would look at it for long."""
+    native = path.to_native()
+    if len(native) >= PATH_MAX:
+        raise file_error(errno.ENAMETOOLONG, path)
+    return native
 
 
 def _named(error: OSError, path: PathUri) -> OSError:

@@ -32,6 +32,8 @@ LOCAL_TYPES = frozenset(
 
 _MOUNTINFO = "/proc/self/mountinfo"
 _THREADS_LOCAL = 40
+_THREADS_UNCERTAIN = 40
+_THREADS_DEEP = 16
 _THREADS_ELSEWHERE = 8
 
 _SYS_OPENAT2 = 437
@@ -159,6 +161,8 @@ class Mounts:
         self._points: list[tuple[bytes, bool]] = []
         self._limiters: dict[bytes, trio.CapacityLimiter] = {}
         self._local_limiter = trio.CapacityLimiter(_THREADS_LOCAL)
+        self._uncertain_limiter = trio.CapacityLimiter(_THREADS_UNCERTAIN)
+        self._deep_limiter = trio.CapacityLimiter(_THREADS_DEEP)
         if sys.platform == "linux":
             try:
                 self._fd = os.open(_MOUNTINFO, os.O_RDONLY | os.O_CLOEXEC)
@@ -217,15 +221,36 @@ class Mounts:
         finally:
             os.close(parent)
 
-    def limiter(self, path: bytes) -> trio.CapacityLimiter:
-        """For the threads that work below `path`, as its text has it."""
+    def limiter(self, *paths: bytes, deep: bool = False) -> trio.CapacityLimiter:
+        """For a thread that works with `paths`.
+
+        Args:
+            deep: it looks at what is below them too, where anything may be mounted.
+        """
         self._refresh()
-        for point, local in self._points:
-            if path == point or path.startswith(point + b"/") or point == b"/":
-                if local:
-                    return self._local_limiter
-                return self._limiters.setdefault(point, trio.CapacityLimiter(_THREADS_ELSEWHERE))
-        return self._local_limiter
+        for path in paths:
+            for point, local in self._points:
+                if path == point or path.startswith(point + b"/") or point == b"/":
+                    if not local:
+                        return self._limiters.setdefault(point, trio.CapacityLimiter(_THREADS_ELSEWHERE))
+                    break
+        if deep:
+            return self._deep_limiter
+        # A link may lead to another mount than the text says.
+        return self._local_limiter if all(map(self._leads_to_local, paths)) else self._uncertain_limiter
+
+    def _leads_to_local(self, path: bytes) -> bool:
+        try:
+            fd = self.open_now(path, os.O_PATH)
+            if fd is None:
+                return False
+            try:
+                found = stat_now(fd)
+            finally:
+                os.close(fd)
+        except OSError:
+            return True  # nothing had to be asked to know that it fails
+        return found is not None and self.is_local(found.mount_id)
 
     def _refresh(self) -> None:
         # The kernel marks the file when a mount comes or goes (proc(5)).
@@ -238,7 +263,7 @@ class Mounts:
             data += part
         points: dict[bytes, bool] = {}
         local_ids = set()
-        for line in data.splitlines():
+        for line in data.split(b"\n")[:-1]:  # not at a carriage return, which a name may hold
             fields, _, rest = line.partition(b" - ")
             words = fields.split(b" ")
             local = rest.split(b" ", 1)[0] in LOCAL_TYPES

@@ -87,7 +87,7 @@ async def open_watch(
     try:
         own = os.dup(fd)  # for the thread, which may hang and outlive us
         watch = await run_in_thread(
-            mounts.limiter(missing[0]),
+            mounts.limiter(*missing, *(() if present is None else (present,))),
             lambda turn: _prepare(turn, own, fd, missing, present),
             unused=lambda: os.close(own),
         )

@@ -161,7 +161,11 @@ class RemoteFileSystem(FileSystem):
     async def walk(self, path: PathUri, options: WalkOptions) -> WalkResult:
         return await self._call(FS_WALK, FsWalkParams(path, options), path)
 
-    async def open(self, path: PathUri, mode: OpenMode = "read") -> RemoteFileHandle:
+    async def open(
+        self, path: PathUri, mode: OpenMode = "read", *, follow_symlinks: bool = True
+    ) -> RemoteFileHandle:
+        if not follow_symlinks:  # `fs/open` ignores it (§5.12)
+            raise NotSupported(f"{self._environment.name} cannot open a file and follow no links; read it")
         needed = {"read": None, "replace": "fileWriteStreaming", "update": "fileTransfer"}[mode]
         if needed is not None and not await self.can(needed):
             raise NotSupported(f"{self._environment.name} cannot {mode} a file in blocks; write it whole")

@@ -5,7 +5,7 @@ Handles and watches belong to a connection: they end with it, and no resumed ses
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from execenv import codec
 from execenv._service import Turns
 from execenv.abc import FileHandle, FileSystem
 from execenv.errors import ConnectionLost, InvalidParams, InvalidRequest, NotFound, NotSupported
+from execenv.paths import PathUri
 from execenv.protocol import (
     FS_CANONICALIZE,
     FS_CLOSE,
@@ -55,7 +56,6 @@ from execenv.protocol import (
     Nothing,
     Notification,
     OpenMode,
-    WalkResult,
 )
 from execenv.rpc import Answer, Streamed
 from execenv.sandbox.policy import is_unrestricted
@@ -65,9 +65,13 @@ R = TypeVar("R")
 MAX_FILE = 536_870_912
 MAX_BLOCK = 1024 * 1024
 MAX_HANDLES = 128
+MAX_CLOSING = 512
 MAX_HANDLE_ID = 32
 MAX_WATCHES = 128
 MAX_TIME_MS = 2**43  # what every file system can hold, and the year 2248
+MAX_UNSENT = 16 * 1024 * 1024
+"""Bytes of listings that may wait for the client to take them."""
+
 CLOSE_GRACE = 5.0
 """Seconds for closing files on mounts that take their time."""
 
@@ -102,16 +106,24 @@ class FileTable:
         self._handles: dict[str, _Handle] = {}
         self._closing: set[_Handle] = set()
         self._watches: dict[int, trio.CancelScope] = {}
+        self._unsent = 0
+        self._all_sent = trio.lowlevel.ParkingLot()
+        self._listing = trio.StrictFIFOLock()
 
     async def aclose(self) -> None:
         """Close all handles."""
         with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_GRACE):
             async with trio.open_nursery() as nursery:  # one on a dead mount must not keep the others open
                 for handle in (*self._handles.values(), *self._closing):
-                    if handle.file is not None and not handle.file.close_nowait():
-                        nursery.start_soon(handle.file.close)
+                    if handle.file is not None:
+                        nursery.start_soon(self._close_at_end, handle.file)
         self._handles.clear()
         self._closing.clear()
+
+    async def _close_at_end(self, file: FileHandle) -> None:
+        with suppress(OSError):  # nobody is left to hear of it
+            if not file.close_nowait():
+                await file.close()
 
     # By path.
 
@@ -123,16 +135,20 @@ class FileTable:
         return self._read_file(params)
 
     async def _read_file(self, params: FsReadFileParams) -> Any:
-        if params.follow_symlinks is False:
-            data = await self._files.read_file(params.path, follow_symlinks=False)
-            return codec.base64_member("dataBase64", data)
-        return Streamed(self._file_parts(params))
-
-    async def _file_parts(self, params: FsReadFileParams) -> AsyncGenerator[bytes, None]:
-        file = await self._files.open(params.path)
+        # Tried before its turn: one that hangs must not keep others from theirs. Nor is it kept open so long.
+        follow = params.follow_symlinks is not False
+        file = await self._files.open(params.path, follow_symlinks=follow)
         try:
-            if (await self._files.get_metadata(params.path)).size > MAX_FILE:
+            if (await self._files.get_metadata(params.path, follow_symlinks=follow)).size > MAX_FILE:
                 raise InvalidRequest(f"file is too large to read: limit is {MAX_FILE} bytes")
+        finally:
+            with trio.CancelScope(shield=True):
+                await file.close()
+        return Streamed(self._file_parts(params.path, follow))
+
+    async def _file_parts(self, path: PathUri, follow: bool) -> AsyncGenerator[bytes, None]:
+        file = await self._files.open(path, follow_symlinks=follow)
+        try:
             head, offset = b'{"dataBase64":"', 0
             while True:
                 data = await file.read(offset, STREAMED_BLOCK)
@@ -175,19 +191,42 @@ class FileTable:
         return FsCanonicalizeResult(await self._files.canonicalize(params.path))
 
     async def read_directory(self, params: FsPathParams) -> Any:
-        entries = await self._files.read_directory(params.path)
-        return codec.encoded_json(  # by hand: a directory may have a hundred thousand
-            {
-                "entries": [
-                    {
-                        "fileName": entry.file_name,
-                        "isDirectory": entry.is_directory,
-                        "isFile": entry.is_file,
-                    }
-                    for entry in entries
-                ]
-            }
-        )
+        async def listing() -> bytes:
+            entries = await self._files.read_directory(params.path)
+            return codec.encode_json(  # by hand: a directory may have a hundred thousand
+                {
+                    "entries": [
+                        {
+                            "fileName": entry.file_name,
+                            "isDirectory": entry.is_directory,
+                            "isFile": entry.is_file,
+                        }
+                        for entry in entries
+                    ]
+                }
+            )
+
+        return await self._listed(listing)
+
+    async def _listed(self, make: Callable[[], Awaitable[bytes]]) -> Answer[Any]:
+        """A listing, which may be large. If a client asks for many and does not take them, only some are
+        kept; the others are made anew when their turn has come."""
+        data = await make()
+        if self._unsent and self._unsent + len(data) > MAX_UNSENT:
+            del data
+            async with self._listing:
+                while self._unsent:
+                    await self._all_sent.park()
+                data = await make()
+        size = len(data)
+        self._unsent += size
+
+        def sent() -> None:
+            self._unsent -= size
+            if not self._unsent:
+                self._all_sent.unpark_all()
+
+        return Answer(codec.fragment(data), sent)
 
     async def remove(self, params: FsRemoveParams) -> Nothing:
         await self._files.remove(
@@ -202,8 +241,11 @@ class FileTable:
         await self._files.copy(params.source_path, params.destination_path, recursive=params.recursive)
         return Nothing()
 
-    async def walk(self, params: FsWalkParams) -> WalkResult:
-        return await self._files.walk(params.path, params.options)
+    async def walk(self, params: FsWalkParams) -> Any:
+        async def listing() -> bytes:
+            return codec.encode_json(codec.unstructure(await self._files.walk(params.path, params.options)))
+
+        return await self._listed(listing)
 
     async def rename(self, params: FsRenameParams) -> Nothing:
         await self._files.rename(params.source_path, params.destination_path, sync=params.sync)
@@ -227,7 +269,7 @@ class FileTable:
         _check_handle_id(params.handle_id)
         if params.handle_id in self._handles:
             raise InvalidRequest(f"file handle `{params.handle_id}` already exists")
-        if len(self._handles) >= MAX_HANDLES:
+        if len(self._handles) >= MAX_HANDLES or len(self._closing) >= MAX_CLOSING:
             raise InvalidRequest(f"at most {MAX_HANDLES} file handles may be open per connection")
         handle = _Handle()
         handle.file = self._files.open_nowait(params.path, _mode(params))
@@ -320,6 +362,9 @@ class FileTable:
                 await handle.file.close(sync=sync)
             self._closing.discard(handle)
             return Nothing()
+        except OSError:
+            self._closing.discard(handle)  # closed all the same
+            raise
         finally:
             done.set()
 
@@ -343,35 +388,46 @@ class FileTable:
 
     # Watches (§5.11).
 
-    async def watch_missing(self, params: FsWatchMissingParams) -> Answer[FsWatchMissingResult]:
+    def watch_missing(self, params: FsWatchMissingParams) -> Handling[Answer[FsWatchMissingResult]]:
         old = self._watches.pop(params.watch_id, None)
         if old is not None:
             old.cancel()
+        scope = None
+        if len(self._watches) < MAX_WATCHES:
+            # From now on, not from when it has begun: so the limit counts it, and the next of its id ends it.
+            scope = self._watches[params.watch_id] = trio.CancelScope()
+        return self._begin_watch(params, scope)
+
+    async def _begin_watch(
+        self, params: FsWatchMissingParams, scope: trio.CancelScope | None
+    ) -> Answer[FsWatchMissingResult]:
         answered = trio.Event()
         watching = False
-        if len(self._watches) < MAX_WATCHES:
-            watching = await self._nursery.start(self._watch, params, answered)
+        if scope is not None:
+            watching = await self._nursery.start(self._watch, params, scope, answered)
         return Answer(FsWatchMissingResult(watching), answered.set)
 
     async def _watch(
         self,
         params: FsWatchMissingParams,
+        scope: trio.CancelScope,
         answered: trio.Event,
         task_status: trio.TaskStatus[bool] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        scope = trio.CancelScope()
+        watching = False
         try:
             with scope:
                 async with self._files.watch_missing(params.missing, params.present) as watch:
-                    if watch is None:
-                        task_status.started(False)
-                        return
-                    self._watches[params.watch_id] = scope
-                    task_status.started(True)
-                    await answered.wait()
-                    await watch.wait()
-                with suppress(ConnectionLost):
-                    self._notify(FS_MISSING_CHANGED, FsMissingChangedParams(params.watch_id))
+                    if watch is not None:
+                        watching = True
+                        task_status.started(True)
+                        await answered.wait()
+                        await watch.wait()
+                if watching:
+                    with suppress(ConnectionLost):
+                        self._notify(FS_MISSING_CHANGED, FsMissingChangedParams(params.watch_id))
+            if not watching:  # there is nothing to wait for, or another took its id before it had begun
+                task_status.started(False)
         finally:
             if self._watches.get(params.watch_id) is scope:
                 del self._watches[params.watch_id]

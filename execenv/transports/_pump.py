@@ -307,10 +307,13 @@ class Pump(Channel):
                     )
                     if not data:
                         return
-                    while self.queued > ANSWER_LIMIT or len(self._urgent) > MAX_BUFFERS:
-                        await self._below_limit.park()
+                    await self._wait_below_limit()
             except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 self.loss = self.loss or str(error.__cause__ or error)
+
+    async def _wait_below_limit(self) -> None:
+        while self.queued > ANSWER_LIMIT or len(self._urgent) > MAX_BUFFERS:
+            await self._below_limit.park()
 
     async def _hand_over(self, messages: Iterable[bytes], receive: Callable[[bytes], None]) -> None:
         began = perf_counter()
@@ -318,7 +321,11 @@ class Pump(Channel):
             if self._scope.cancel_called or self._read_scope.cancel_called:
                 return  # the message before it, or something between the two, has ended the channel
             receive(message)
-            if perf_counter() - began > WORK_SLICE:
+            if self.queued > ANSWER_LIMIT:  # a few bytes may ask for a thousand times as many
+                self._flush_now()
+                await self._wait_below_limit()
+                began = perf_counter()
+            elif perf_counter() - began > WORK_SLICE:
                 self._flush_now()
                 await trio.lowlevel.checkpoint()
                 began = perf_counter()

@@ -19,6 +19,7 @@ class MemoryChannel(Channel):
     def __init__(self, label: str) -> None:
         super().__init__(label)
         self._inbox: deque[bytes] = deque()
+        self._behind: list[bytes] | None = None  # messages that wait for the end of one in parts
         self._wakeup = Wakeup()
         self._peer_ended = False
 
@@ -43,17 +44,28 @@ class MemoryChannel(Channel):
             raise self.lost()
         message = b"".join(parts)
         self.queued += len(message)
+        if self._behind is not None:
+            self._behind.append(message)
+            return
         self._peer._inbox.append(message)
         self._peer._wakeup.set()
 
     def _begin_message(self) -> tuple[SendPart, Callable[[], None]]:
         parts: list[bytes] = []
+        behind = self._behind = []
 
         async def send(part: bytes) -> None:
+            if self._closed or self._peer._closed:
+                raise self.lost()
             parts.append(part)
-            await self.wait_room()
+            await trio.lowlevel.checkpoint()
 
-        return send, lambda: self.send_nowait(*parts)
+        def end() -> None:
+            self._behind = None
+            self.send_nowait(*parts)
+            self._peer._inbox.extend(behind)
+
+        return send, end
 
     def close_nowait(self, code: int = 1000, reason: str = "") -> None:
         if not self._closed:
