@@ -165,6 +165,12 @@ def open_pair(request: pytest.FixtureRequest) -> OpenPair:
     return PAIRS[request.param]
 
 
+@pytest.fixture(params=[name for name in PAIRS if name != "memory"])
+def open_wire_pair(request: pytest.FixtureRequest) -> OpenPair:
+    """In memory nothing is held back: the parts of a message are there until it is whole."""
+    return PAIRS[request.param]
+
+
 @asynccontextmanager
 async def running(open_pair: OpenPair) -> AsyncIterator[tuple[End, End, trio.Nursery]]:
     """Both ends run beside the block; it ends them."""
@@ -371,6 +377,153 @@ async def test_cancelled_run_closes_the_channel(open_pair: OpenPair) -> None:
             await right.ended.wait()
 
 
+# Messages in parts.
+
+
+async def test_message_in_parts_arrives_as_one_and_what_is_sent_meanwhile_behind_it(
+    open_pair: OpenPair,
+) -> None:
+    before, meanwhile, after = (numbered(5, name) for name in ("before", "meanwhile", "after"))
+    parts = [b"[", *numbered(20, "part"), b"x" * 300_000, b"", b"]"]
+    async with running(open_pair) as (sender, receiver, _):
+        for message in before:
+            sender.channel.send_nowait(message)
+        async with sender.channel.open_message() as send:
+            await send(parts[0])
+            for message in meanwhile:
+                sender.channel.send_nowait(message)
+                receiver.channel.send_nowait(message)  # the other way goes on
+            await sender.wait_received(len(meanwhile))
+            for part in parts[1:]:
+                await send(part)
+        for message in after:
+            sender.channel.send_nowait(message)
+        await receiver.wait_received(16)
+        assert receiver.received == [*before, b"".join(parts), *meanwhile, *after]
+        assert sender.received == meanwhile
+
+
+async def test_messages_in_parts_one_after_the_other(open_pair: OpenPair) -> None:
+    async with running(open_pair) as (sender, receiver, _):
+        for number in range(20):
+            async with sender.channel.open_message() as send:
+                for _ in range(number + 1):
+                    await send(b"%d," % number)
+        assert await receiver.wait_received(20) == [b"%d," % n * (n + 1) for n in range(20)]
+        while sender.channel.queued:  # all of it is counted out again
+            await trio.lowlevel.checkpoint()
+
+
+async def test_message_in_parts_is_held_back_by_a_peer_that_does_not_read(open_wire_pair: OpenPair) -> None:
+    part, total = b"x" * 65536, 300
+    with trio.fail_after(TIME_LIMIT):
+        async with open_wire_pair() as (sender, receiver), trio.open_nursery() as nursery:
+            sent = highest = 0
+
+            async def produce() -> None:
+                nonlocal sent, highest
+                async with sender.channel.open_message() as send:
+                    for _ in range(total):
+                        await send(part)
+                        sent += 1
+                        highest = max(highest, sender.channel.queued)
+                sender.channel.send_nowait(b"behind")
+
+            nursery.start_soon(sender.run)
+            nursery.start_soon(produce)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert sent < total
+            nursery.start_soon(receiver.run)
+            await receiver.wait_received(2)
+            assert [len(message) for message in receiver.received] == [total * len(part), len(b"behind")]
+            assert highest <= HIGH_WATER + 2 * len(part)
+            nursery.cancel_scope.cancel()
+
+
+async def test_what_waits_behind_a_message_in_parts_does_not_hold_it_up(open_pair: OpenPair) -> None:
+    async with running(open_pair) as (sender, receiver, _):
+        async with sender.channel.open_message() as send:
+            await send(b"one ")
+            sender.channel.send_nowait(b"y" * 2 * HIGH_WATER)
+            assert sender.channel.congested
+            for _ in range(10):
+                await send(b"x" * 65536)
+        await receiver.wait_received(2)
+        assert [message[:1] for message in receiver.received] == [b"o", b"y"]
+
+
+async def test_message_in_parts_that_fails_ends_the_channel(open_pair: OpenPair) -> None:
+    async with running(open_pair) as (sender, receiver, _):
+        sender.channel.send_nowait(b"before")
+        with pytest.raises(ValueError, match="half way"):
+            async with sender.channel.open_message() as send:
+                await send(b"x" * 1000)
+                sender.channel.send_nowait(b"meanwhile")
+                raise ValueError("half way")
+        with pytest.raises(ConnectionLost):
+            sender.channel.send_nowait(b"late")
+        await receiver.ended.wait()
+        await sender.ended.wait()
+        assert (
+            receiver.received == [b"before"] or open_pair is open_stdio_pair
+        )  # there a last line may end so
+        assert b"meanwhile" not in receiver.received
+
+
+async def test_cancelled_message_in_parts_ends_the_channel(open_pair: OpenPair) -> None:
+    async with running(open_pair) as (sender, receiver, _):
+        with trio.CancelScope() as scope:
+            async with sender.channel.open_message() as send:
+                await send(b"x")
+                scope.cancel()
+                await trio.sleep_forever()
+        await receiver.ended.wait()
+        await sender.ended.wait()
+
+
+async def test_no_message_in_parts_after_the_end(open_pair: OpenPair) -> None:
+    async with running(open_pair) as (sender, receiver, _):
+        receiver.channel.close_nowait()
+        await sender.ended.wait()
+        with pytest.raises(ConnectionLost):
+            async with sender.channel.open_message():
+                pytest.fail("was opened")
+
+
+@pytest.mark.parametrize("who", ["sender", "receiver"])
+async def test_end_in_the_middle_of_a_message_in_parts_is_told(open_pair: OpenPair, who: str) -> None:
+    async with running(open_pair) as (sender, receiver, _):
+        with pytest.raises(ConnectionLost):
+            async with sender.channel.open_message() as send:
+                await send(b"x")
+                (sender if who == "sender" else receiver).channel.close_nowait()
+                while True:
+                    await send(b"x" * 10_000)
+        await sender.ended.wait()
+        await receiver.ended.wait()
+
+
+async def test_end_wakes_who_waits_with_a_part(
+    open_wire_pair: OpenPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_pump, "CLOSE_GRACE", 0.05)
+    with trio.fail_after(TIME_LIMIT):
+        async with open_wire_pair() as (sender, _), trio.open_nursery() as nursery:
+
+            async def produce() -> None:
+                with pytest.raises(ConnectionLost):
+                    async with sender.channel.open_message() as send:
+                        while True:
+                            await send(b"x" * 65536)
+
+            nursery.start_soon(sender.run)
+            nursery.start_soon(produce)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert sender.channel.congested
+            sender.channel.close_nowait()  # the peer takes nothing, so the grace runs out
+            await sender.ended.wait()
+
+
 # Lines, against a peer that writes them by hand.
 
 
@@ -532,6 +685,52 @@ async def test_ping_is_answered_with_its_payload() -> None:
     async with frame_peer() as (_, peer):
         await peer.send(masked(0x89, b""), masked(0x89, b"x" * 125))
         assert [await peer.next(), await peer.next()] == [Pong(b""), Pong(b"x" * 125)]
+
+
+@pytest.mark.parametrize("client", [False, True])
+async def test_pings_are_answered_between_the_parts_of_a_message(client: bool) -> None:
+    async with frame_peer(client=client) as (end, peer):
+        async with end.channel.open_message() as send:
+            for number in range(3):
+                await send(b"part %d " % number)
+                end.channel.send_nowait(b"behind %d" % number)
+                await peer.send(peer.codec.encode_ping(b"%d" % number))
+                assert await peer.next() == Pong(b"%d" % number)
+        assert await peer.next() == b"part 0 part 1 part 2 "
+        assert [await peer.next() for _ in range(3)] == [b"behind 0", b"behind 1", b"behind 2"]
+
+
+async def test_our_pings_go_out_between_the_parts_of_a_message(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with frame_peer(client=True, ping_interval=30.0, pong_timeout=60.0) as (end, peer):
+        async with end.channel.open_message() as send:
+            for _ in range(5):
+                await send(b"x")
+                assert await peer.next() == Ping(b"")
+                await peer.send(peer.codec.encode_pong(b""))
+        assert await peer.next() == b"xxxxx"
+
+
+async def test_message_in_parts_that_fails_ends_with_a_close_frame() -> None:
+    async with frame_peer() as (end, peer):
+        with pytest.raises(ValueError, match="half way"):
+            async with end.channel.open_message() as send:
+                await send(b"half a message")
+                raise ValueError("half way")
+        assert await peer.next() == Close(1011, "a message could not be finished")
+        assert await peer.is_over()
+
+
+async def test_peer_that_closes_amid_a_message_in_parts_is_answered() -> None:
+    async with frame_peer() as (end, peer):
+        with pytest.raises(ConnectionLost):
+            async with end.channel.open_message() as send:
+                await send(b"half a message")
+                await peer.send(peer.codec.encode_close(1000, ""))
+                await end.ended.wait()
+                await send(b"the rest")
+        assert await peer.next() == Close(1000, "")
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 4000])

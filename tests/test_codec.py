@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from base64 import b64encode
 from typing import Any
+from unittest.mock import patch
 
 import attrs
 import orjson
@@ -383,7 +385,7 @@ def test_method_without_parameters_takes_nothing_else(value: Any, found: str) ->
     [
         ({"processId": 5}, "invalid type: number, expected a string"),
         ({"processId": None}, "invalid type: null, expected a string"),
-        ({"argv": "true"}, "invalid type: string, expected a sequence"),
+        ({"argv": "true"}, 'invalid type: string "true", expected a sequence'),
         ({"argv": [1]}, "invalid type: number, expected a string"),
         ({"argv": ["a", None]}, "invalid type: null, expected a string"),
         ({"env": None}, "invalid type: null, expected a map"),
@@ -392,7 +394,7 @@ def test_method_without_parameters_takes_nothing_else(value: Any, found: str) ->
         ({"env": {"A": None}}, "invalid type: null, expected a string"),
         ({"tty": None}, "invalid type: null, expected a boolean"),
         ({"tty": 1}, "invalid type: number, expected a boolean"),
-        ({"tty": "false"}, "invalid type: string, expected a boolean"),
+        ({"tty": "false"}, 'invalid type: string "false", expected a boolean'),
         ({"pipeStdin": None}, "invalid type: null, expected a boolean"),
         ({"enforceManagedNetwork": None}, "invalid type: null, expected a boolean"),
         ({"arg0": 1}, "invalid type: number, expected a string"),
@@ -518,6 +520,153 @@ def test_base64_that_is_taken_is_spelled_as_we_would(text: str) -> None:
         assert error.message.startswith(("Invalid symbol ", "Invalid padding", "Invalid last symbol "))  # noqa: PT017
     else:
         assert b64encode(data).decode() == text
+
+
+# Long base64, which is cut out before the rest is parsed. Here anything counts as long, to try much.
+
+PAYLOADS = ("dataBase64", "chunk", "bodyBase64", "deltaBase64")
+LONG_TEXTS = (
+    "A" * 200,
+    "B" * 150,
+    "A" * 150 + "\\",
+    '"' * 100,
+    "\u00e9" * 150,
+    "A" * 121,
+    "A" * 120,
+    "A" * 119,
+)
+TRICKS = ('"dataBase64":"', '"chunk":"AAAA"', 'x"chunk', '\\"chunk":"', '"chunk', "\\", '},"id":2,{"chunk":"')
+MEMBERS = st.dictionaries(
+    st.sampled_from((*PAYLOADS, *PAYLOADS, *TRICKS, "a", "id", "method", "params", "result")),
+    st.recursive(
+        st.sampled_from((*LONG_TEXTS, *LONG_TEXTS, *TRICKS, 1, None)),
+        lambda inner: (
+            st.lists(inner, max_size=2)
+            | st.dictionaries(st.sampled_from((*PAYLOADS, *TRICKS)), inner, max_size=3)
+        ),
+        max_leaves=4,
+    ),
+    max_size=4,
+)
+
+
+def outcome_of(decode: Any, data: bytes, *, limited: bool) -> Any:
+    """A message with its views as text, or why there is none."""
+    try:
+        message = decode(data, limited=limited)
+    except MalformedMessage:
+        return "malformed"
+    if isinstance(message, Request | NotificationMessage):
+        return attrs.evolve(message, params=as_text(message.params))
+    return attrs.evolve(message, result=as_text(message.result)) if isinstance(message, Response) else message
+
+
+def as_text(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: as_text(member) for name, member in value.items()}
+    return bytes(value).decode() if isinstance(value, memoryview) else value
+
+
+@given(
+    holder=MEMBERS,
+    around=MEMBERS,
+    kind=st.sampled_from(["params", "result"]),
+    ascii_only=st.booleans(),
+    limited=st.booleans(),
+    change=st.none()
+    | st.tuples(st.integers(0, 400), st.sampled_from([b"", b'"', b"\\", b"{", b"}", b",", b":", b"A"])),
+)
+@settings(deadline=None, database=None, derandomize=True, max_examples=1000)
+def test_cutting_out_base64_changes_nothing(
+    holder: Any, around: Any, kind: str, ascii_only: bool, limited: bool, change: tuple[int, bytes] | None
+) -> None:
+    message = {"id": 1, **({"method": "m"} if kind == "params" else {}), **around, kind: holder}
+    data = json.dumps(message, ensure_ascii=ascii_only, separators=(",", ":")).encode()
+    if change is not None:
+        place = change[0] % len(data)
+        data = data[:place] + change[1] + data[place + 1 :]
+    with patch.object(codec, "LONG", 120):
+        cut = outcome_of(decode, data, limited=limited)
+    assert cut == outcome_of(codec._decode, data, limited=limited)
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+def test_long_base64_is_a_view_of_its_message(name: str) -> None:
+    text = "QUJD" * 20_000
+    data = request_with(json.dumps({"a": 1, name: text, "b": [2]}, separators=(",", ":")))
+    message = decode(data)
+    assert isinstance(message, Request)
+    assert type(message.params[name]) is memoryview
+    assert message.params[name].obj is data
+    assert message.params == {"a": 1, name: text.encode(), "b": [2]}
+
+
+def test_two_long_payloads_stay_where_they_were() -> None:
+    one, other = "A" * 40_000, "B" * 50_000
+    for first, second in (PAYLOADS[:2], PAYLOADS[1::-1], PAYLOADS[2:]):
+        data = request_with(json.dumps({first: one, second: other}, separators=(",", ":")))
+        message = decode(data)
+        assert isinstance(message, Request)
+        # not compared as wholes: the difference would be printed
+        assert [as_text(value)[:1] for value in message.params.values()] == ["A", "B"]
+        assert [len(value) for value in message.params.values()] == [40_000, 50_000]
+
+
+@pytest.mark.parametrize(
+    ("beside", "detail"),
+    [
+        ('"a":1,"a":2', "duplicate field"),
+        ('"b":' + "[" * 200 + "]" * 200, "recursion limit exceeded"),
+        ('"b":[' + "1," * MAX_VALUES + "1]", f"more than {MAX_VALUES} values in one message"),
+        ('"chunk":"A"', "duplicate field"),
+    ],
+)
+def test_limits_hold_beside_long_base64(beside: str, detail: str) -> None:
+    payload = '"chunk":"' + "A" * 40_000 + '"'
+    assert fault(request_with(f"{{{payload},{beside}}}")) == detail
+    assert fault(request_with(f"{{{beside},{payload}}}")) == detail
+
+
+def test_answers_have_no_limit_of_values() -> None:
+    entries = '[{"a":"b"}' + ',{"a":"b"}' * MAX_VALUES + "]"
+    data = b'{"id":1,"result":{"entries":%b}}' % entries.encode()
+    with pytest.raises(MalformedMessage, match="values"):
+        decode(data)
+    message = decode(data, limited=False)
+    assert isinstance(message, Response)
+    assert len(message.result["entries"]) == MAX_VALUES + 1
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["!", "\u00e9", "=", "A", "AA", "AAA", "AA=", "A===", "AB==", "AAB=", "AA==AAAA", " AAA", "AAA ", "-_AA"],
+)
+@pytest.mark.parametrize("length", [0, 4, 64, 40_000])
+def test_bad_base64_is_refused_alike_as_text_and_as_view(bad: str, length: int) -> None:
+    text = "A" * length + bad
+    with pytest.raises(InvalidParams) as of_text:
+        decode_base64(text)
+    with pytest.raises(InvalidParams) as of_view:
+        decode_base64(memoryview(text.encode()))
+    assert of_text.value.message == of_view.value.message
+    found = re.search(r"offset (\d+)", of_text.value.message)
+    assert found is None or length <= int(found[1]) < length + len(bad)
+
+
+@given(data=st.binary(max_size=90))
+@settings(deadline=None, database=None, derandomize=True)
+def test_base64_of_a_view_is_that_of_the_text(data: bytes) -> None:
+    text = b64encode(data)
+    assert decode_base64(memoryview(text)) == decode_base64(text.decode()) == data
+
+
+@given(data=st.binary(max_size=90), rest=st.sampled_from(["", ',"eof":true']))
+@settings(deadline=None, database=None, derandomize=True)
+def test_base64_member_is_the_encoded_result(data: bytes, rest: str) -> None:
+    plain = {"chunk": b64encode(data).decode(), **({"eof": True} if rest else {})}
+    assert encode_result(7, codec.base64_member("chunk", data, rest)) == encode_result(7, plain)
+    head = codec.result_head("x") + b'{"chunk":"' + codec.encode_base64(data) + b'"' + rest.encode() + b"}"
+    assert head + codec.RESULT_TAIL == encode_result("x", plain)
 
 
 # The table of methods.

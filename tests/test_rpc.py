@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager
+from itertools import count
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from execenv.errors import (
     SessionAttached,
 )
 from execenv.protocol import (
+    ENVIRONMENT_INFO,
     ENVIRONMENT_STATUS,
     INITIALIZE,
     INITIALIZED,
@@ -42,7 +44,7 @@ from execenv.protocol import (
     ProcessSignalParams,
     Unit,
 )
-from execenv.rpc import Peer, Route, open_peer
+from execenv.rpc import Answer, Call, Peer, Route, Streamed, open_peer
 from execenv.transports.channel import HIGH_WATER
 from execenv.transports.memory import MemoryChannel, memory_pair
 
@@ -577,6 +579,277 @@ async def test_answer_waits_for_room_before_it_is_encoded() -> None:
         await raw.next()
         assert "result" in await raw.next()
         nursery.cancel_scope.cancel()
+
+
+# Sending without waiting for the answer.
+
+
+def status_call(peer: Peer) -> Call[EnvironmentStatusResult]:
+    return peer.call_nowait(ENVIRONMENT_STATUS, Unit())
+
+
+async def test_calls_without_waiting_go_out_in_their_order() -> None:
+    async with one_peer() as (peer, raw):
+        first = peer.call_nowait(PROCESS_READ, ProcessReadParams("a"))
+        peer.notify(PROCESS_CLOSED, ProcessClosedParams("b", 1))
+        second = peer.call_nowait(PROCESS_READ, ProcessReadParams("c"))
+        sent = [await raw.next() for _ in range(3)]
+        assert [message["params"]["processId"] for message in sent] == ["a", "b", "c"]
+        await raw.answer(sent[2]["id"], {**READ_RESULT, "nextSeq": 2})
+        await raw.answer(sent[0]["id"], {**READ_RESULT, "nextSeq": 1})  # both before anybody waits
+        assert (await first.wait()).next_seq == 1
+        assert (await second.wait()).next_seq == 2
+
+
+async def test_call_without_waiting_is_sent_however_congested_the_connection_is() -> None:
+    async with one_peer() as (peer, raw):
+        peer.channel.send_nowait(json.dumps({"method": "x", "params": "x" * HIGH_WATER}).encode())
+        assert peer.channel.congested
+        call = status_call(peer)
+        assert (await raw.next())["method"] == "x"
+        await raw.answer((await raw.next())["id"], {"status": "ready"})
+        assert (await call.wait()).status == "ready"
+
+
+async def test_error_is_kept_until_somebody_waits_for_it() -> None:
+    async with one_peer() as (peer, raw):
+        call = status_call(peer)
+        raw.send({"id": (await raw.next())["id"], "error": {"code": -32004, "message": "not there"}})
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(NotFound, match="not there"):
+            await call.wait()
+
+
+async def test_answer_to_a_dropped_call_is_ignored() -> None:
+    async with one_peer() as (peer, raw):
+        dropped, kept = status_call(peer), status_call(peer)
+        dropped.drop()
+        dropped.drop()
+        assert len(peer._waiting) == 1
+        for _ in range(2):
+            await raw.answer((await raw.next())["id"], {"status": "ready"})
+        assert (await kept.wait()).status == "ready"
+        assert peer._waiting == {}
+
+
+async def test_cancelled_wait_drops_the_call(autojump_clock: trio.testing.MockClock) -> None:
+    async with one_peer() as (peer, raw):
+        call = status_call(peer)
+        with trio.move_on_after(1) as patience:
+            await call.wait()
+        assert patience.cancelled_caught
+        assert peer._waiting == {}
+        await raw.answer((await raw.next())["id"], {"status": "late"})
+        assert not peer.channel.closed
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_lost_connection_is_told_to_who_called_without_waiting(waits: bool) -> None:
+    async with one_peer() as (peer, raw), trio.open_nursery() as nursery:
+        call = status_call(peer)
+        told = trio.Event()
+
+        async def wait() -> None:
+            with pytest.raises(ConnectionLost):
+                await call.wait()
+            told.set()
+
+        if waits:
+            nursery.start_soon(wait)
+        await raw.next()
+        raw.channel.close_nowait()
+        while not peer.channel.closed:
+            await trio.lowlevel.checkpoint()
+        if not waits:
+            nursery.start_soon(wait)
+        await told.wait()
+        with pytest.raises(ConnectionLost):
+            status_call(peer)
+
+
+async def test_call_that_cannot_be_encoded_waits_for_nothing() -> None:
+    async with one_peer() as (peer, _):
+        with pytest.raises(InvalidParams):
+            peer.call_nowait(PROCESS_READ, ProcessReadParams("\ud800"))
+        assert peer._waiting == {}
+
+
+# Results in parts.
+
+
+@define(eq=False)
+class Stream:
+    """A result in parts: `begun` when the first is asked for, `open` until it is closed, `go` to go on."""
+
+    parts: list[bytes | Exception]
+    begun: bool = False
+    open: bool = False
+    go: trio.Event = Factory(trio.Event)
+
+    async def generate(self) -> AsyncGenerator[bytes, None]:
+        self.begun = self.open = True
+        try:
+            for number, part in enumerate(self.parts):
+                if number == 1:
+                    await self.go.wait()
+                if isinstance(part, Exception):
+                    raise part
+                yield part
+        finally:
+            self.open = False
+
+    async def handle(self, params: Unit) -> Streamed:
+        await trio.lowlevel.checkpoint()
+        return Streamed(self.generate())
+
+
+HALVES: list[bytes | Exception] = [b'{"status":', b'"', b"ready", b'"}']
+
+
+def reading(streams: list[Stream]) -> Route[Any, Any]:
+    """Each `environment/info` is answered by the next of `streams`."""
+    left = iter(streams)
+    return Route(ENVIRONMENT_INFO, lambda params: next(left).handle(params))
+
+
+def ask(raw: Raw, *ids: int | str) -> None:
+    for id_ in ids:
+        raw.send({"id": id_, "method": "environment/info"})
+
+
+async def test_result_in_parts_is_one_message_and_others_queue_behind_it() -> None:
+    stream = Stream(HALVES)
+    async with one_peer([reading([stream]), STATUS_ROUTE], strict=True) as (peer, raw):
+        ask(raw, "\u00e9")
+        await trio.testing.wait_all_tasks_blocked()
+        assert stream.open
+        raw.send(STATUS)
+        peer.notify(PROCESS_CLOSED, ProcessClosedParams("p", 1))
+        await trio.testing.wait_all_tasks_blocked()
+        assert raw.received == []
+        stream.go.set()
+        assert await raw.next() == {"id": "\u00e9", "result": {"status": "ready"}}
+        behind = [await raw.next(), await raw.next()]
+        assert [message.get("id", message.get("method")) for message in behind] in (
+            [1, "process/closed"],
+            ["process/closed", 1],
+        )
+        assert not stream.open
+
+
+async def test_results_in_parts_are_made_one_at_a_time() -> None:
+    streams = [Stream(HALVES) for _ in range(3)]
+    async with one_peer([reading(streams)], strict=True) as (_, raw):
+        ask(raw, 0, 1, 2)
+        for number, stream in enumerate(streams):
+            await trio.testing.wait_all_tasks_blocked()
+            assert [one.begun for one in streams] == [True] * (number + 1) + [False] * (2 - number)
+            stream.go.set()
+            assert (await raw.next())["id"] == number
+
+
+async def test_failure_before_the_first_part_is_an_ordinary_error() -> None:
+    streams = [
+        Stream([NotFound("nothing there")]),
+        Stream([OSError(13, "Permission denied")]),
+        Stream(HALVES),
+    ]
+    async with one_peer([reading(streams)], strict=True) as (_, raw):
+        ask(raw, 0, 1, 2)
+        streams[2].go.set()
+        assert await raw.next() == {"id": 0, "error": {"code": -32004, "message": "nothing there"}}
+        denied = {"code": -32600, "message": "Permission denied (os error 13)"}
+        assert await raw.next() == {"id": 1, "error": denied}
+        assert await raw.next() == {"id": 2, "result": {"status": "ready"}}
+
+
+@pytest.mark.parametrize("error", [OSError(5, "I/O"), InvalidRequest("it grew"), ValueError("a bug")])
+async def test_failure_between_the_parts_ends_the_connection(error: Exception) -> None:
+    stream, waiting = Stream([b'{"status":', b'"re', error]), Stream(HALVES)
+    async with one_peer([reading([stream, waiting])], strict=True) as (peer, raw):
+        ask(raw, 0, 1)
+        stream.go.set()
+        await raw.ended()
+        assert raw.received == []  # not half a message, and no error behind it
+        assert "could not be finished" in peer.channel.loss
+        while peer._nursery is not None:
+            await trio.lowlevel.checkpoint()
+        assert (stream.open, waiting.open) == (False, False)
+
+
+async def test_lost_connection_closes_what_makes_the_parts() -> None:
+    stream, waiting = Stream(HALVES), Stream(HALVES)
+    async with one_peer([reading([stream, waiting])], strict=True) as (peer, raw):
+        ask(raw, 0, 1)
+        await trio.testing.wait_all_tasks_blocked()
+        assert stream.open
+        raw.channel.close_nowait()
+        while peer._nursery is not None:
+            await trio.lowlevel.checkpoint()
+        assert (stream.open, waiting.begun) == (False, False)
+        assert peer._requests == 0
+
+
+# What follows a result.
+
+
+async def test_what_follows_a_result_is_sent_right_behind_it() -> None:
+    async with one_peer([], strict=True) as (peer, raw):
+        released = trio.Event()
+
+        async def handle(params: Unit) -> Answer[EnvironmentStatusResult]:
+            await released.wait()
+
+            def then() -> None:
+                peer.notify(PROCESS_CLOSED, ProcessClosedParams("p", number))
+
+            number = next(numbers)
+            return Answer(EnvironmentStatusResult(str(number)), then)
+
+        numbers = count()
+        peer._routes[ENVIRONMENT_STATUS.name] = Route(ENVIRONMENT_STATUS, handle)
+        for id_ in range(10):
+            raw.send({**STATUS, "id": id_})
+        await trio.testing.wait_all_tasks_blocked()
+        released.set()
+        for number in range(10):
+            assert (await raw.next())["result"] == {"status": str(number)}
+            assert (await raw.next())["params"] == {"processId": "p", "seq": number}
+
+
+async def test_nothing_follows_a_result_that_cannot_be_sent(caplog: pytest.LogCaptureFixture) -> None:
+    followed = []
+
+    async def handle(params: Unit) -> Answer[EnvironmentStatusResult]:
+        await trio.lowlevel.checkpoint()
+        return Answer(EnvironmentStatusResult("\ud800"), lambda: followed.append(1))
+
+    async with one_peer([Route(ENVIRONMENT_STATUS, handle)], strict=True) as (_, raw):
+        raw.send(STATUS)
+        assert (await raw.next())["error"]["code"] == -32603
+        await trio.testing.wait_all_tasks_blocked()
+        assert followed == []
+    assert "environment/status" in caplog.text
+
+
+async def test_nothing_follows_a_result_that_nobody_takes() -> None:
+    followed = []
+    released = trio.Event()
+
+    async def handle(params: Unit) -> Answer[EnvironmentStatusResult]:
+        with trio.CancelScope(shield=True):
+            await released.wait()
+        return Answer(EnvironmentStatusResult("ready"), lambda: followed.append(1))
+
+    async with one_peer([Route(ENVIRONMENT_STATUS, handle)], strict=True) as (peer, raw):
+        raw.send(STATUS)
+        await trio.testing.wait_all_tasks_blocked()
+        raw.channel.close_nowait()
+        await trio.testing.wait_all_tasks_blocked()
+        assert peer.channel.closed
+        released.set()
+        await trio.testing.wait_all_tasks_blocked()
+    assert followed == []
 
 
 # The order of checks (§2.2).

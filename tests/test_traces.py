@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
+import sys
 from base64 import b64decode
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import trio
 from attrs import frozen
 from trio_websocket import ConnectionClosed
 
-from tests.conftest import SERVE, WebsocketServer
+from tests.conftest import ANY_PORT, SERVE, WebsocketServer, run_websocket_server
 from tests.traces import (
+    RECORDED_ORIGIN,
     TRACES,
     Happening,
     Json,
     Line,
     Player,
     as_text,
+    open_recorded_origin,
     open_trio_websocket,
     open_websocket_wire,
     read_trace,
@@ -34,8 +40,14 @@ TIME_LIMIT = 60.0
 
 # The differences. Every entry must be needed: one that is not any more fails its test.
 
-NOT_YET = ("fs/", "http/", "environmentConfig/", "capabilities/")
+NOT_YET = ("capabilities/", "capabilityRoots/")
 """Families of methods that this version does not have. The reference has them, and we answer -32601."""
+
+OTHER_WORDS = {
+    "Symbolic link loop": os.strerror(errno.ELOOP),
+    "I/O error": os.strerror(errno.EIO),
+}
+"""What musl says, to which the reference is linked, and what the system that we run on says (§5)."""
 
 NOT_SAID = {
     "providerId": "the identity of a registered executor: there is no registry",
@@ -44,18 +56,32 @@ NOT_SAID = {
 }
 """Later members of `environment/info` that we leave out; to clients they are all optional (§8.1, §12)."""
 
-OUR_CAPABILITIES = {"processCloseStdin", "processOutputWindow", "processResize", "processReceipt"}
-"""Named beside nothing of the reference's: a server says only what it has (§8.1)."""
+NOT_HAD = {
+    "networkProxyLaunch",
+    "networkProxyReviewDomains",
+    "credentialMasking",
+    "credentialMaskingCustomProviders",
+    "capabilityDiscoverySandbox",
+    "capabilityDiscoveryV2",
+    "sandboxedFileStreaming",
+    "shellSnapshotV2",
+    "windowsMxc",
+    "linuxRootWritePreservesDevices",
+    "linuxApprovedRootWritePreservesRestrictions",
+}
+"""Capabilities of the reference that this version does not have: a server says only what it has (§8.1)."""
 
 
 @frozen
 class Difference:
-    """Another answer on purpose: a result, or the code and message of an error."""
+    """Another answer on purpose: a result, or the code and message of an error, or what tells a result."""
 
-    answer: Json
+    answer: Json | Callable[[Json], bool]
     reason: str
 
     def matches(self, reply: Json) -> bool:
+        if callable(self.answer):
+            return "result" in reply and bool(self.answer(reply["result"]))
         return self.answer in (reply.get("result"), reply.get("error"))
 
 
@@ -70,7 +96,36 @@ def _unsupported(member: str) -> Json:
     }
 
 
+def _finds_all_names(result: Json) -> bool:
+    names = [entry["path"].rpartition("/pp/")[2] for entry in result["entries"]]
+    return {"bad%FF", "nl%0Ax"} <= set(names) and result["errors"] == [] and len(names) == 17
+
+
+_NOT_FOUND = {"code": -32004, "message": "No such file or directory (os error 2)"}
+_NATIVE = "a native absolute path is taken, as earlier clients send it (§12)"
+_WINDOWS = "a native path of another system is refused as its URI is"
+
 ANSWERS = {
+    ("path_uri", 4): Difference(
+        _finds_all_names, "names that are not UTF-8 or have a line end are found, and can be asked for"
+    ),
+    ("path_uri", 44): Difference(
+        _NOT_FOUND, "behind an escaped slash the system says what '..' means, which knows links and gaps"
+    ),
+    ("path_uri", 64): Difference({"path": "file:///tmp"}, _NATIVE),
+    ("path_uri", 66): Difference({"path": "file:///etc"}, _NATIVE),
+    ("path_uri", 100): Difference(
+        {"code": -32600, "message": "'file:///C:/x' is invalid on 'linux'"}, _WINDOWS
+    ),
+    ("path_uri", 102): Difference(
+        {"code": -32600, "message": "'file://h/s/' is invalid on 'linux'"}, _WINDOWS
+    ),
+    ("path_uri", 138): Difference(lambda result: result["isDirectory"], _NATIVE),
+    ("path_uri", 140): Difference({"code": -32600, "message": "path `/tmp` is not a file"}, _NATIVE),
+    ("path_uri", 142): Difference(lambda result: result["isFile"], _NATIVE),
+    ("path_uri", 144): Difference({"dataBase64": ""}, _NATIVE),
+    ("path_uri", 146): Difference(_NOT_FOUND, _NATIVE),
+    ("path_uri", 148): Difference(_NOT_FOUND, _NATIVE),
     ("process_start_errors", 6): Difference(
         _started("a1"), "a native absolute path is taken as cwd, as earlier clients send it (§12)"
     ),
@@ -118,7 +173,14 @@ def is_as_good(sent: Json, recorded: Json, reply: Json) -> bool:
         )
     if recorded["id"] == -1 and "error" in reply:
         return _equal(_without_detail(recorded), _without_detail(reply))
-    return _equal(recorded, reply)
+    return _equal(_in_our_words(recorded), reply)
+
+
+def _in_our_words(recorded: Json) -> Json:
+    words, found, number = recorded.get("error", {}).get("message", "").partition(" (os error ")
+    if words not in OTHER_WORDS:
+        return recorded
+    return {**recorded, "error": {**recorded["error"], "message": OTHER_WORDS[words] + found + number}}
 
 
 def _equal(recorded: Json, reply: Json) -> bool:
@@ -142,7 +204,50 @@ def _result_fits(method: str | None, sent: Json, recorded: Json, result: Json) -
         )
     if method == "process/read":
         return _read_fits(sent["params"], recorded, result)
+    if method == "fs/getMetadata":
+        return _metadata_fits(recorded, result)
+    if method == "fs/readDirectory":  # in the order of the file system
+        in_order = [sorted(one["entries"], key=itemgetter("fileName")) for one in (recorded, result)]
+        return _equal(*in_order)
+    if method == "environmentConfig/read":
+        return _config_fits(recorded, result)
+    if method == "http/request":
+        return _equal(_http_without_chance(recorded), _http_without_chance(result))
     return _equal(recorded, result)
+
+
+def _metadata_fits(recorded: Json, result: Json) -> bool:
+    """The same but for times, and sizes of directories. Ours says the permissions too, and does not leave
+    out when the file was made, which the reference has no way to know."""
+    kinds = ("isDirectory", "isFile", "isSymlink")
+    return (
+        set(result) - set(recorded) == {"mode"}
+        and [result[kind] for kind in kinds] == [recorded[kind] for kind in kinds]
+        and (result["isDirectory"] or result["size"] == recorded["size"])
+        and all(type(result[name]) is int for name in recorded if name not in kinds)
+        and result["modifiedAtMs"] > 0
+    )
+
+
+def _http_without_chance(result: Json) -> Json:
+    """Without the time, and the order in which the headers of the request came, which has no meaning."""
+    body = b64decode(result["bodyBase64"])
+    headers = [[header["name"], header["value"]] for header in result["headers"] if header["name"] != "date"]
+    if not body.startswith(b"{"):
+        return [result["status"], headers, body.decode("latin-1")]
+    echo = json.loads(body)
+    echo["headers"].sort()
+    return [result["status"], [header for header in headers if header[0] != "content-length"], echo]
+
+
+def _config_fits(recorded: Json, result: Json) -> bool:
+    """The same members: what is configured on the machine is not known here."""
+    return (
+        set(result) == set(recorded)
+        and all(set(result[part]) == set(recorded[part]) for part in ("config", "requirements"))
+        and all(type(result[name]) is type(recorded[name]) for name in recorded)
+        and result["userHomeDir"].startswith("file:///")
+    )
 
 
 def _info_fits(recorded: Json, info: Json) -> bool:
@@ -151,7 +256,9 @@ def _info_fits(recorded: Json, info: Json) -> bool:
         and set(recorded) - set(info) <= set(NOT_SAID)
         and all(type(recorded[name]) is type(info[name]) for name in info)
         and set(info["shell"]) == set(recorded["shell"])
-        and set(info["capabilities"]) == OUR_CAPABILITIES
+        and not NOT_HAD & set(info["capabilities"])
+        and set(recorded["capabilities"]) - NOT_HAD <= set(info["capabilities"])
+        and all(info["capabilities"].values())
         and info["platformOs"] == recorded["platformOs"]
         and info["cwd"].startswith("file:///")
     )
@@ -218,7 +325,13 @@ TRACES_OVER_WEBSOCKET = (
     "stdin",
     "signal",
     "long_poll",
+    "fs",
+    "path_uri",
+    "later_additions",
 )
+
+ROOT_ONLY = (63, 64)
+"""Lines of `fs_errors` where the user who runs the reference may do what others may not."""
 
 RECORDED_TOO_EARLY = {("resume", 7)}
 """The client's end of a connection that a later line finds still attached."""
@@ -228,13 +341,129 @@ ENDS_BEFORE = {"resume": {16: 0, 23: 2, 40: 4}}
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """What the traces need to find in their directory."""
-    program = tmp_path / "bin" / "myprog"
-    program.parent.mkdir()
-    program.write_text('#!/bin/sh\necho "myprog ran $0"\n')
-    program.chmod(0o755)
-    return tmp_path
+def root() -> Iterator[Path]:
+    """What the traces need to find in their directory, which any user may look into."""
+    with TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        path = Path(os.path.realpath(directory))
+        path.chmod(0o755)
+        program = path / "bin" / "myprog"
+        program.parent.mkdir()
+        program.write_text('#!/bin/sh\necho "myprog ran $0"\n')
+        program.chmod(0o755)
+        yield path
+
+
+Preparation = Callable[[Path], None]
+
+
+def _directories(*paths: Path) -> None:
+    for path in paths:
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def _prepare_tree(fs: Path) -> None:
+    """What is in `d`, and what leads there."""
+    _directories(fs / "d" / "sub")
+    (fs / "d" / "one").write_text("1")
+    (fs / "d" / "lnk").symlink_to("../a.txt")
+    (fs / "d" / "lsub").symlink_to("sub")
+    (fs / "lf").symlink_to("a.txt")
+    (fs / "ld").symlink_to("d")
+    os.mkfifo(fs / "fifo")
+
+
+def _prepare_files(fs: Path) -> None:
+    _directories(fs / "empty", fs / "wk" / ".hid", fs / "wk" / "a" / "b" / "c")
+    for name in (".hid/f", "a/f1", "a/b/c/f2"):
+        (fs / "wk" / name).touch()
+    (fs / "wk" / "la").symlink_to("a")
+    (fs / "lb").symlink_to("not there")
+    (fs / "blk").write_text("0123456789")
+
+
+def _prepare_fs(root: Path) -> None:
+    _directories(root / "fs")
+
+
+def _prepare_fs_errors(root: Path) -> None:
+    fs = root / "fs"
+    _prepare_tree(fs)
+    _prepare_files(fs)
+    (fs / "a.txt").write_text("hi")
+    (fs / "loop").symlink_to("loop")
+    _directories(fs / "withfifo", root / "fh")
+    os.mkfifo(fs / "withfifo" / "f")
+    (root / "fh" / "r").write_text("0123456789")
+
+
+def _prepare_more_directories(root: Path) -> None:
+    _directories(root / "fs" / "x" / "y" / "z", root / "fs" / "d2" / "sub")
+
+
+def _prepare_nobody(root: Path) -> None:
+    nobody = root / "nobody"
+    _directories(nobody / "home", nobody / "locked")
+    for path in (nobody / "secret", nobody / "locked" / "f"):
+        path.write_text("not for everybody")
+        path.chmod(0)
+    (nobody / "locked").chmod(0)
+    nobody.chmod(0o555)
+
+
+def _prepare_path_uri(root: Path) -> None:
+    names = ["pct%41", "plus+", "h#h", "caret^|{}`<>", "quo'\"", "q?m", "brk[1]", "til~", "semi;colon", "a:b"]
+    _directories(root / "pp" / "C:")
+    (root / "pp" / "C:" / "f").touch()
+    for name in (*names, "back\\slash", "nl\nx", "sp ace", "caf\u00e9", os.fsdecode(b"bad\xff")):
+        (root / "pp" / name).touch()
+
+
+def _prepare_link_to_bytes(root: Path) -> None:
+    target = root / "pp" / os.fsdecode(b"nd\xfe")
+    target.mkdir()
+    (root / "pp" / "tolink").symlink_to(target)
+
+
+def _prepare_wm(root: Path) -> None:
+    _directories(root / "wm")
+
+
+DISK: dict[str, dict[int, Preparation]] = {
+    "resume": {1: lambda root: (root / "blk").touch()},
+    "fs": {
+        1: _prepare_fs,
+        15: lambda root: _prepare_tree(root / "fs"),
+        49: lambda root: _prepare_files(root / "fs"),
+    },
+    "fs_errors": {1: _prepare_fs_errors, 93: _prepare_more_directories, 156: _prepare_nobody},
+    "path_uri": {1: _prepare_path_uri, 151: _prepare_link_to_bytes},
+    "later_additions": {1: _prepare_wm, 67: lambda root: (root / "wm" / "x").touch()},
+}
+"""What the recording client did to the disk: by trace, before which line."""
+
+LEFT_OUT = {
+    ("fs_errors", 147): {
+        "method": "fs/writeBlock",
+        "params": {"handleId": "w1", "offset": 0, "chunk": "A" * 1_398_104},  # 1 MiB and 2 bytes
+    },
+    ("fs_errors", 220): {
+        "method": "fs/writeBlock",
+        "params": {"handleId": "w", "offset": 3, "chunk": "A" * 1_398_100 + "AA=="},  # 1 MiB
+    },
+}
+"""Requests that were too long for the trace, by the line of their reply."""
+
+
+def _whole(name: str, lines: Iterable[Line]) -> Iterator[Line]:
+    for line in lines:
+        request = LEFT_OUT.get((name, line.number))
+        if request is not None:
+            yield Line(line.number, True, line.conn, {"id": line.msg["id"], **request})
+        yield line
+
+
+def _disk(name: str, root: Path) -> dict[int, Callable[[], None]]:
+    return {number: partial(prepare, root) for number, prepare in DISK.get(name, {}).items()}
 
 
 @pytest.mark.parametrize("name", TRACES_OVER_WEBSOCKET)
@@ -245,9 +474,39 @@ async def test_server_answers_as_recorded(name: str, root: Path, websocket_serve
         is_as_good,
         implied_handshake=name not in HANDSHAKES,
         ends_before=ENDS_BEFORE.get(name, {}),
+        before=_disk(name, root),
     )
     with trio.fail_after(TIME_LIMIT):
         await player.play()
+    assert unexplained(name, player) == ({}, [])
+
+
+WITHOUT_PRIVILEGES = (
+    sys.executable,
+    "-c",
+    # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH and CAP_FOWNER: without them, permissions are meant for root too.
+    # Another user might not be able to run this Python.
+    "import ctypes, os, sys; prctl = ctypes.CDLL(None).prctl; any(prctl(24, cap) for cap in (1, 2, 3)); "
+    "os.execv(sys.argv[1], sys.argv[1:])",
+)
+
+
+async def test_server_answers_as_recorded_about_files_that_cannot_be_had(
+    root: Path, websocket_server: WebsocketServer
+) -> None:
+    name, as_root = "fs_errors", os.geteuid() == 0
+    lines = [line for line in _whole(name, read_trace(name, root)) if as_root or line.number not in ROOT_ONLY]
+    with run_websocket_server((*(WITHOUT_PRIVILEGES if as_root else ()), *SERVE, ANY_PORT)) as unprivileged:
+        player = Player(
+            lines,
+            partial(open_websocket_wire, websocket_server.url),
+            is_as_good,
+            implied_handshake=True,
+            before=_disk(name, root),
+            other_wires={1: partial(open_websocket_wire, unprivileged.url)},
+        )
+        with trio.fail_after(TIME_LIMIT):
+            await player.play()
     assert unexplained(name, player) == ({}, [])
 
 
@@ -263,6 +522,21 @@ async def test_connection_that_broke_the_rules_ends_with_a_close_frame(
                 await websocket.get_message()
     assert closed.value.reason is not None
     assert closed.value.reason.code == 1002
+
+
+async def test_server_answers_as_recorded_about_http(root: Path, websocket_server: WebsocketServer) -> None:
+    name = "http"
+    with trio.fail_after(TIME_LIMIT):
+        async with open_recorded_origin() as origin:
+            moved = {RECORDED_ORIGIN: origin, "/home/user": os.environ["HOME"]}
+            player = Player(
+                read_trace(name, root, moved),
+                partial(open_websocket_wire, websocket_server.url),
+                is_as_good,
+                implied_handshake=True,
+            )
+            await player.play()
+    assert unexplained(name, player) == ({}, [])
 
 
 # stdio.

@@ -11,7 +11,7 @@ import json
 import re
 from base64 import b64decode, b64encode
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -53,39 +53,61 @@ class Line:
         return isinstance(self.msg, dict) and "closed" in self.msg
 
     @property
-    def process_id(self) -> str | None:
-        """The process that a request or notification is about."""
-        params = self.msg.get("params") if isinstance(self.msg, dict) else None
-        return params.get("processId") if isinstance(params, dict) else None
+    def subject(self) -> str | None:
+        """What a request or notification is about."""
+        return subject_of(self.msg) if isinstance(self.msg, dict) else None
 
 
-def read_trace(name: str, root: Path) -> list[Line]:
-    """The lines of a trace, with `root` in the place of the directory that it was recorded in."""
+def subject_of(msg: Json) -> str | None:
+    """The id of a process, of a streamed body or of a watch."""
+    params = msg.get("params")
+    if not isinstance(params, dict):
+        return None
+    subject = params.get("processId", params.get("requestId", params.get("watchId")))
+    return None if subject is None else str(subject)
+
+
+_BASE64 = ("chunk", "bodyBase64", "deltaBase64")
+
+
+def read_trace(name: str, root: Path, moved: Mapping[str, str] | None = None) -> list[Line]:
+    """The lines of a trace, with `root` in the place of the directory that it was recorded in.
+
+    Args:
+        moved: other texts that stand for something of the recording, and what to put in their place.
+    """
+    moves = {"/tmp/trace": str(root), **(moved or {})}
     lines = []
     for number, text in enumerate((TRACES / f"{name}.jsonl").read_text().splitlines(), 1):
         row = json.loads(text)
-        lines.append(Line(number, row["dir"] == "client", row["conn"], _moved(row["msg"], str(root))))
+        lines.append(Line(number, row["dir"] == "client", row["conn"], _moved(row["msg"], moves)))
     return lines
 
 
-def _moved(value: Json, root: str) -> Json:
+def _moved(value: Json, moves: Mapping[str, str]) -> Json:
     if isinstance(value, dict):
         return {
-            name: _moved_base64(item, root) if name == "chunk" else _moved(item, root)
+            name: _moved_base64(item, moves) if name in _BASE64 else _moved(item, moves)
             for name, item in value.items()
         }
     if isinstance(value, list):
-        return [_moved(item, root) for item in value]
-    return value.replace("/tmp/trace", root) if isinstance(value, str) else value
+        return [_moved(item, moves) for item in value]
+    if isinstance(value, str):
+        for theirs, ours in moves.items():
+            value = value.replace(theirs, ours)
+    return value
 
 
-def _moved_base64(text: Json, root: str) -> Json:
+def _moved_base64(text: Json, moves: Mapping[str, str]) -> Json:
     try:
         data = b64decode(text, validate=True)
     except (TypeError, ValueError):  # a test of just that
         return text
-    # What has no such path stays as it is spelled: the spelling may be what is tested.
-    return b64encode(data.replace(b"/tmp/trace", root.encode())).decode() if b"/tmp/trace" in data else text
+    moved = data
+    for theirs, ours in moves.items():
+        moved = moved.replace(theirs.encode(), ours.encode())
+    # What has nothing of the kind stays as it is spelled: the spelling may be what is tested.
+    return text if moved == data else b64encode(moved).decode()
 
 
 class Wire:
@@ -153,6 +175,68 @@ async def open_websocket_wire(url: str) -> AsyncIterator[Wire]:
         yield WebsocketWire(websocket)
 
 
+# The origin of the HTTP requests, as far as the trace shows it.
+
+RECORDED_ORIGIN = "127.0.0.1:37845"
+_SERVER = b"Server: BaseHTTP/0.6 Python/3.11.7\r\nDate: Fri, 20 Nov 2026 14:13:47 GMT\r\n"
+_ZIPPED = b64decode("H4sIAJxVAGsC/8tIzcnJV0ivAgC/ljJdCAAAAA==")
+_ANSWERS = {
+    "/hdr": b"200 OK\r\n%bX-A: 1\r\nX-A: 2\r\nSet-Cookie: a=b\r\nContent-Length: 0\r\n\r\n",
+    "/redir": b"302 Found\r\n%bLocation: /final\r\nContent-Length: 0\r\n\r\n",
+    "/redirloop": b"302 Found\r\n%bLocation: /redirloop\r\nContent-Length: 0\r\n\r\n",
+    "/slowbody": b"200 OK\r\n%bContent-Length: 10\r\n\r\n12345",
+    "/cut": b"200 OK\r\n%bContent-Length: 10\r\n\r\n12345",
+    "/gzip": b"200 OK\r\n%bContent-Encoding: gzip\r\nContent-Length: 28\r\n\r\n" + _ZIPPED,
+    "/204": b"204 No Content\r\n%b\r\n",
+    "/chunks": b"200 OK\r\n%bTransfer-Encoding: chunked\r\n\r\n"
+    b"5\r\nchnk0\r\n5\r\nchnk1\r\n5\r\nchnk2\r\n0\r\n\r\n",
+}
+_UNFINISHED = ("/slow", "/slowbody")
+
+
+@asynccontextmanager
+async def open_recorded_origin() -> AsyncIterator[str]:
+    """A server that answers as that of the trace `http`; its host and port."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.serve_listeners, _serve_origin, [listener])
+        yield f"127.0.0.1:{listener.socket.getsockname()[1]}"
+        nursery.cancel_scope.cancel()
+
+
+async def _serve_origin(stream: trio.SocketStream) -> None:
+    received = b""
+    while True:
+        while b"\r\n\r\n" not in received:
+            data = await stream.receive_some()
+            if not data:
+                return
+            received += data
+        head, _, received = received.partition(b"\r\n\r\n")
+        first, *rest = head.decode("latin-1").split("\r\n")
+        method, path, _ = first.split(" ")
+        if method.islower():  # that server knew methods by their exact names
+            return
+        headers = sorted([name.lower(), value] for name, value in (line.split(": ", 1) for line in rest))
+        length = int(dict(headers).get("content-length", 0))
+        while len(received) < length:
+            received += await stream.receive_some()
+        body, received = received[:length], received[length:]
+        if path in _ANSWERS:
+            await stream.send_all(b"HTTP/1.1 " + _ANSWERS[path] % _SERVER)
+        if path in _UNFINISHED:
+            await trio.sleep_forever()
+        if path == "/cut":
+            return
+        if path.partition("?")[0] in ("/echo", "/final"):
+            echo = {"method": method, "path": path, "headers": headers, "body": body.decode()}
+            answer = json.dumps(echo).encode()
+            more = b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(answer)
+            await stream.send_all(
+                b"HTTP/1.1 200 OK\r\n" + _SERVER + more + (b"" if method == "HEAD" else answer)
+            )
+
+
 # What happened to a process, without what may differ from run to run.
 
 Happening = tuple[Any, ...]
@@ -167,6 +251,12 @@ def happenings(notifications: Iterable[Json]) -> list[Happening]:
             if not events or events[-1][0] != kind:
                 events.append((kind, defaultdict(bytes)))
             events[-1][1][params["stream"]] += b64decode(params["chunk"])
+        elif kind == "http/request/bodyDelta":
+            if not events:
+                events.append((kind, {"body": b""}))
+            events[0][1]["body"] += b64decode(params["deltaBase64"])
+            if params["done"]:
+                events.append((kind, params["error"]))
         elif kind == "process/exited":
             events.append((kind, params["exitCode"], params["sandboxDenied"]))
         else:
@@ -216,7 +306,7 @@ class Conversation:
     async def listen(self) -> None:
         while (message := await self.wire.receive()) is not None:
             if "method" in message:
-                self.events[message["params"]["processId"]].append(message)
+                self.events[subject_of(message) or ""].append(message)
             else:
                 self.replies[message["id"]].append(message)
             self._changed.unpark_all()
@@ -259,6 +349,9 @@ def _amount(notifications: Iterable[Json]) -> dict[str, int]:
         params = message["params"]
         if message["method"] == "process/output":
             amount[params["stream"]] += len(settled(b64decode(params["chunk"])))
+        elif message["method"] == "http/request/bodyDelta":
+            amount["body"] += len(b64decode(params["deltaBase64"]))
+            amount["done"] += params["done"]
         else:
             amount[message["method"]] += 1
     return amount
@@ -272,6 +365,8 @@ class Player:
         compare: whether, of a request, its recorded reply and a reply, the last is as good as the recorded.
         implied_handshake: whether connections were initialized before the trace begins.
         ends_before: connections that the client ends without the trace saying so, by the line that follows.
+        before: what the recording client did to the disk, by the line that follows.
+        other_wires: connections that go to another server, by their number.
 
     Attributes:
         mismatches: line number → what was recorded, and what came.
@@ -284,6 +379,8 @@ class Player:
     compare: Callable[[Json, Json, Json], bool]
     implied_handshake: bool
     ends_before: dict[int, int] = Factory(dict)
+    before: Mapping[int, Callable[[], None]] = Factory(dict)
+    other_wires: Mapping[int, OpenWire] = Factory(dict)
     mismatches: dict[int, tuple[Json, Json]] = Factory(dict)
     other_events: dict[tuple[int, str], tuple[list[Happening], list[Happening]]] = Factory(dict)
     sessions: dict[str, str] = Factory(dict)
@@ -297,6 +394,8 @@ class Player:
             for position, line in enumerate(self.lines):
                 if line.number in self.ends_before:
                     await self._end(self.ends_before[line.number])
+                if line.number in self.before:
+                    self.before[line.number]()
                 conversation = await self._conversation(line)
                 if line.is_end:
                     await self._play_end(line, conversation)
@@ -305,8 +404,8 @@ class Player:
                 elif line.is_reply:
                     await self._play_reply(line, conversation)
                 else:
-                    assert line.process_id is not None
-                    conversation.expected[line.process_id].append(line.msg)
+                    assert line.subject is not None
+                    conversation.expected[line.subject].append(line.msg)
             for conn in list(self._open):
                 await self._end(conn)
             nursery.cancel_scope.cancel()
@@ -324,7 +423,9 @@ class Player:
 
     async def _conversation(self, line: Line) -> Conversation:
         if line.conn not in self._open:
-            conversation = await self._nursery.start(Conversation.hold, self.open_wire)
+            conversation = await self._nursery.start(
+                Conversation.hold, self.other_wires.get(line.conn, self.open_wire)
+            )
             self._open[line.conn] = conversation
             if self.implied_handshake:
                 await conversation.wire.send(
@@ -346,15 +447,17 @@ class Player:
             if not conversation.ended:
                 await conversation.wait_events(process_id)
             # Of what a resumed connection saw, the trace may show the end only.
-            first = conversation.expected[process_id][0]["params"]["seq"]
-            events = [m for m in conversation.events[process_id] if m["params"]["seq"] >= first]
+            first = conversation.expected[process_id][0]["params"].get("seq", 0)
+            events = [m for m in conversation.events[process_id] if m["params"].get("seq", 0) >= first]
             recorded = happenings(conversation.expected[process_id])
             came = happenings(events)
             if recorded[-1][0] != "process/closed":
                 came = came[: len(recorded)]  # the trace does not say how it went on
             if recorded != came:
                 self.other_events[conn, process_id] = recorded, came
-            assert [message["params"]["seq"] for message in events] == list(range(first, first + len(events)))
+            if first:
+                seqs = [message["params"]["seq"] for message in events]
+                assert seqs == list(range(first, first + len(events)))
         conversation.leave.set()
         await conversation.left.wait()
 
@@ -365,11 +468,11 @@ class Player:
         method = msg.get("method") if isinstance(msg, dict) else None
         early = _happened_before(method)
         for event in between:
-            if event.msg["method"] in early and event.process_id == line.process_id:
-                conversation.expected[event.process_id or ""].append(event.msg)
-                await conversation.wait_events(event.process_id or "")
-                conversation.expected[event.process_id or ""].pop()
-        if method == "process/read" and line.process_id is not None and not msg["params"].get("waitMs"):
+            if event.msg["method"] in early and event.subject == line.subject:
+                conversation.expected[event.subject or ""].append(event.msg)
+                await conversation.wait_events(event.subject or "")
+                conversation.expected[event.subject or ""].pop()
+        if method == "process/read" and line.subject is not None and not msg["params"].get("waitMs"):
             await self._wait_readable(line, conversation)
         self._last_sent = msg
         await conversation.wire.send(msg)
@@ -388,7 +491,7 @@ class Player:
                     "id": "wait",
                     "method": "process/read",
                     "params": {
-                        "processId": line.process_id,
+                        "processId": line.subject,
                         "afterSeq": chunks[-1]["seq"] - 1,
                         "waitMs": int(PATIENCE * 1000),
                     },
