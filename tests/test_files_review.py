@@ -129,11 +129,22 @@ async def test_what_nobody_will_ever_read_is_no_fifo(files: LocalFileSystem, top
     assert caught.value.errno == errno.ENXIO
 
 
-async def test_fifo_gets_all_from_one_writer_when_its_reader_comes(files: LocalFileSystem, top: Path) -> None:
+async def test_fifo_gets_all_from_one_writer_when_its_reader_comes(
+    files: LocalFileSystem, top: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.mkfifo(top / "fifo")
+    look, failed = files._open_fifo, trio.Event()
+
+    def looking(path: PathUri) -> int | None:
+        found = look(path)
+        if found is None:
+            failed.set()
+        return found
+
+    monkeypatch.setattr(files, "_open_fifo", looking)
     async with time_limit(10), trio.open_nursery() as nursery:
         nursery.start_soon(files.write_file, uri(top / "fifo"), b"content")
-        await trio.sleep(0.3)  # several looks for a reader have failed
+        await failed.wait()
         assert await trio.to_thread.run_sync((top / "fifo").read_bytes) == b"content"
 
 
