@@ -17,7 +17,7 @@ import trio.testing
 
 from execenv import transfer
 from execenv.abc import FileHandle
-from execenv.errors import InternalError
+from execenv.errors import InternalError, InvalidRequest
 from execenv.file import BinaryFile, TextFile
 from execenv.local import codex_config, disk, mounts
 from execenv.local.filesystem import LocalFileHandle, LocalFileSystem
@@ -42,7 +42,7 @@ from execenv.transports._pump import FdIO, Pump
 from execenv.transports.channel import ANSWER_LIMIT
 from execenv.transports.memory import memory_pair
 from execenv.transports.stdio import LineFraming
-from tests.conftest import time_limit
+from tests.conftest import open_memory, time_limit
 
 
 @pytest.fixture
@@ -387,3 +387,44 @@ async def test_transfer_of_a_file_onto_itself_in_place(files: LocalFileSystem, t
         await transfer.copy(files, uri(top / "file"), files, uri(top / name))
     with open(top / "file", "rb") as file:  # noqa: ASYNC230
         assert file.read() == b"content"
+
+
+async def test_file_over_the_limit_is_refused_whole_and_read_in_blocks(top: Path) -> None:
+    size = 536_870_912 + 1
+    with (top / "huge").open("wb") as file:
+        file.truncate(size)  # no block of it is on the disk
+    path = uri(top / "huge")
+    async with time_limit(10), open_memory() as (environment, _):
+        peer = environment._backend.peer  # type: ignore[attr-defined]
+        with pytest.raises(InvalidRequest, match="file is too large to read: limit is 536870912 bytes"):
+            await peer.call(FS_READ_FILE, FsReadFileParams(path))
+        handle = await environment._backend.files.open(path)
+        assert await handle.read(size - 3, 10) == bytes(3)
+        await handle.close()
+
+
+async def test_cancelled_atomic_write_leaves_no_part_that_comes_later(
+    top: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token, begun, may_go_on = trio.lowlevel.current_trio_token(), trio.Event(), threading.Event()
+    open_to_write = disk.open_to_write
+
+    def open_late(turn: Turn, path: bytes, *, keep: bool) -> int:
+        token.run_sync_soon(begun.set)
+        may_go_on.wait(10)
+        return open_to_write(turn, path, keep=keep)
+
+    monkeypatch.setattr(disk, "open_to_write", open_late)
+    monkeypatch.setattr(LocalFileSystem, "open_nowait", lambda *_: None)
+    async with time_limit(20), open_memory() as (environment, _), trio.open_nursery() as nursery:
+
+        async def write() -> None:
+            await environment.files.write_file(uri(top / "file"), b"content", atomic=True)
+
+        nursery.start_soon(write)
+        await begun.wait()
+        nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            may_go_on.set()
+    assert os.listdir(top) == []

@@ -10,6 +10,7 @@ import errno
 import os
 import select
 import stat
+import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,9 +28,6 @@ from execenv.protocol import (
     WalkOptions,
     WalkResult,
 )
-
-MAX_FILE = 536_870_912
-"""Bytes that `read_file` takes at most (§11)."""
 
 MAX_WALK_ENTRIES = 80_000
 """Entries of one walk, whatever its options say: what fits into a message that a peer will parse (§2.1)."""
@@ -50,10 +48,6 @@ def refused(path: bytes, number: int, words: str) -> OSError:
 def not_a_file(path: bytes, *, directory: bool) -> OSError:
     shown = os.fsdecode(path).encode(errors="replace").decode()
     return refused(path, errno.EISDIR if directory else errno.EINVAL, f"path `{shown}` is not a file")
-
-
-def too_large(path: bytes) -> OSError:
-    return refused(path, errno.EFBIG, f"file is too large to read: limit is {MAX_FILE} bytes")
 
 
 def has_link(path: bytes) -> OSError:
@@ -162,14 +156,9 @@ def write_at(turn: Turn, fd: int, offset: int, data: bytes) -> None:
 def read_file(turn: Turn, path: bytes, *, follow: bool) -> bytes:
     fd = open_to_read(Turn(), path, follow=follow)
     try:
-        if os.fstat(fd).st_size > MAX_FILE:
-            raise too_large(path)
-        data = read_at(turn, fd, 0, MAX_FILE + 1)
+        return read_at(turn, fd, 0, sys.maxsize)
     finally:
         os.close(fd)
-    if len(data) > MAX_FILE:
-        raise too_large(path)
-    return data
 
 
 def write_file(turn: Turn, path: bytes, data: bytes, *, follow: bool) -> int | None:

@@ -18,7 +18,15 @@ import trio
 
 from execenv.abc import FileHandle, FileSystem, Watch
 from execenv.codec import Json, encode_base64, structure
-from execenv.errors import ConnectionLost, InvalidRequest, NotSupported, RpcError, file_error, os_from_error
+from execenv.errors import (
+    ConnectionLost,
+    ExecenvError,
+    InvalidRequest,
+    NotSupported,
+    RpcError,
+    file_error,
+    os_from_error,
+)
 from execenv.paths import ForeignPathError, PathUri
 from execenv.protocol import (
     FS_CANONICALIZE,
@@ -79,6 +87,9 @@ BLOCKS_UNDER_WAY = 4
 SMALL_FILE = 1024 * 1024
 LARGEST_MESSAGE = 44 * 1024 * 1024
 """What `fs/writeFile` carries to a server that takes no blocks: 64 MiB of message, less what base64 adds."""
+
+OPEN_PATIENCE = 1.0
+"""Seconds that a cancelled call waits for a file that it may have made, as one here waits for its thread."""
 
 OWN_HANDLES = 64
 """Handles that whole-file calls hold at once; a server has 128 for a connection (§5.2)."""
@@ -174,8 +185,15 @@ class RemoteFileSystem(FileSystem):
             wire_mode: WireOpenMode = "read" if mode == "read" else "replace"
             params = FsOpenParams(handle.handle_id, path, mode=wire_mode, keep=mode == "update")
             await self._call(FS_OPEN, params, path)
+        except trio.Cancelled:
+            # It may be open there all the same, or about to be. The close is answered behind that: whoever
+            # made the file can remove it then, and it does not come into being afterwards.
+            deadline = trio.current_time() + (0 if mode == "read" else OPEN_PATIENCE)
+            with trio.CancelScope(shield=True, deadline=deadline), suppress(OSError, ExecenvError):
+                await handle.close()
+            raise
         except BaseException:
-            handle.let_go()  # it may be open there all the same
+            handle.let_go()
             raise
         return handle
 

@@ -62,7 +62,7 @@ from execenv.sandbox.policy import is_unrestricted
 
 R = TypeVar("R")
 
-MAX_FILE = 536_870_912
+MAX_FILE = 536_870_912  # of `fs/readFile` (§11); in blocks there is no limit
 MAX_BLOCK = 1024 * 1024
 MAX_HANDLES = 128
 MAX_CLOSING = 512
