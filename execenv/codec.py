@@ -515,9 +515,6 @@ def _as_str(text: Base64Text) -> str:
     return text if isinstance(text, str) else bytes(text).decode(errors="replace")
 
 
-_SYMBOLS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")
-
-
 def _base64_fault(text: str) -> str:
     found = re.search(r"[^A-Za-z0-9+/=]", text)
     if found:

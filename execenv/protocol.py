@@ -30,7 +30,6 @@ FileKind = Literal["directory", "file"]
 OpenMode = Literal["read", "replace", "update"]
 WireOpenMode = Literal["read", "replace"]
 RedirectPolicy = Literal["follow", "stop"]
-WriteStatus = Literal["accepted", "unknownProcess", "stdinClosed", "starting"]
 
 SERVER_CAPABILITIES = {
     "environmentConfigRead": True,
