@@ -57,6 +57,7 @@ if TYPE_CHECKING:
         WalkError,
         WalkResult,
     )
+    from execenv.targets import CommandTarget, LocalTarget, WebsocketTarget
     from execenv.transfer import Progress, TransferReport
 
 _WHERE = {
@@ -90,6 +91,7 @@ _WHERE = {
         "WalkError",
         "WalkResult",
     ),
+    "targets": ("CommandTarget", "LocalTarget", "WebsocketTarget"),
     "transfer": ("Progress", "TransferReport"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
@@ -130,6 +132,9 @@ __all__ = [  # noqa: RUF022 - in the order of _WHERE
     "WalkEntry",
     "WalkError",
     "WalkResult",
+    "CommandTarget",
+    "LocalTarget",
+    "WebsocketTarget",
     "Progress",
     "TransferReport",
 ]

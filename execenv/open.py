@@ -10,27 +10,34 @@ import trio
 
 from execenv.environment import Environment
 from execenv.errors import ConnectFailed, UsageError
+from execenv.targets import (
+    CONNECT_TIMEOUT,
+    INITIALIZE_TIMEOUT,
+    CommandTarget,
+    LocalTarget,
+    Target,
+    WebsocketTarget,
+)
 
 if TYPE_CHECKING:
     from execenv.transports.channel import Channel
 
-CONNECT_TIMEOUT = 10.0  # environments.md §1.1
-
 
 @asynccontextmanager
 async def open_environment(
-    target: str | Sequence[str] = "local",
+    target: str | Sequence[str] | Target = "local",
     *,
     bearer_token: str | None = None,
     resume_session_id: str | None = None,
     connect_timeout: float = CONNECT_TIMEOUT,
-    initialize_timeout: float = CONNECT_TIMEOUT,
+    initialize_timeout: float = INITIALIZE_TIMEOUT,
 ) -> AsyncIterator[Environment]:
     """Open the place where work is to run. Leaving the block ends what was started there.
 
     Args:
-        target: `"local"`, this machine; a `ws://` or `wss://` URL; or a command that speaks the protocol
-            over its stdin and stdout, as a list: `["ssh", "devbox", "execenv serve --listen stdio"]`.
+        target: `"local"`, this machine; a `ws://` or `wss://` URL; a command that speaks the protocol
+            over its stdin and stdout, as a list: `["ssh", "devbox", "execenv serve --listen stdio"]`; or one
+            of the classes of `execenv.targets`, which hold their own token and timeouts.
         bearer_token: for a websocket server that wants one. Never put it into the URL.
         resume_session_id: a session (`Environment.session_id`) of this server to go on with; what was
             started there detached is found again by `Environment.attach`.
@@ -40,56 +47,68 @@ async def open_environment(
         ConnectFailed: naming the target and what went wrong. There is no fall-back to another environment.
         UsageError: if the target is none of these.
     """
-    if isinstance(target, str):
-        if target == "local":
-            _refuse_for_local(bearer_token, resume_session_id)
-            from execenv.local import open_local
+    where = _target(target, bearer_token, connect_timeout, initialize_timeout)
+    if isinstance(where, LocalTarget):
+        if bearer_token is not None or resume_session_id is not None:
+            raise UsageError("the local environment has no token and no session to resume")
+        from execenv.local import open_local
 
-            async with open_local() as local:
-                yield Environment(local)
-            return
-        if target.startswith(("ws://", "wss://")):
-            from execenv.remote.connection import open_remote
-
-            channel = await _connect(target, bearer_token, connect_timeout)
-            async with open_remote(
-                channel, resume_session_id=resume_session_id, initialize_timeout=initialize_timeout
-            ) as remote:
-                yield Environment(remote)
-            return
-        raise UsageError(
-            f"{target!r} is no environment: use 'local', a ws:// or wss:// URL, "
-            "or a command as a list of strings"
-        )
-    from execenv._command import open_command
+        async with open_local() as local:
+            yield Environment(local)
+        return
     from execenv.remote.connection import open_remote
 
-    argv = list(target)
-    if not argv:
-        raise UsageError("the command of an environment must name a program")
+    if isinstance(where, WebsocketTarget):
+        channel = await _connect(where)
+        async with open_remote(
+            channel, resume_session_id=resume_session_id, initialize_timeout=where.initialize_timeout
+        ) as remote:
+            yield Environment(remote)
+        return
+    from execenv._command import open_command
+
     async with (
-        open_command(argv) as pipe,
+        open_command(where.argv, env=where.env, cwd=where.cwd) as pipe,
         open_remote(
-            pipe, resume_session_id=resume_session_id, initialize_timeout=initialize_timeout
+            pipe, resume_session_id=resume_session_id, initialize_timeout=where.initialize_timeout
         ) as remote,
     ):
         yield Environment(remote)
 
 
-def _refuse_for_local(bearer_token: str | None, resume_session_id: str | None) -> None:
-    if bearer_token is not None or resume_session_id is not None:
-        raise UsageError("the local environment has no token and no session to resume")
+def _target(
+    given: str | Sequence[str] | Target,
+    bearer_token: str | None,
+    connect_timeout: float,
+    initialize_timeout: float,
+) -> Target:
+    if isinstance(given, Target):
+        return given
+    if not isinstance(given, str):
+        if not given:
+            raise UsageError("the command of an environment must name a program")
+        return CommandTarget(tuple(given), initialize_timeout=initialize_timeout)
+    if given == "local":
+        return LocalTarget()
+    if given.startswith(("ws://", "wss://")):
+        return WebsocketTarget(given, bearer_token, connect_timeout, initialize_timeout)
+    raise UsageError(
+        f"{given!r} is no environment: use 'local', a ws:// or wss:// URL, or a command as a list of strings"
+    )
 
 
-async def _connect(url: str, bearer_token: str | None, timeout: float) -> Channel:
+async def _connect(target: WebsocketTarget) -> Channel:
     from execenv.transports import websocket
 
-    headers = [(b"Authorization", b"Bearer " + bearer_token.encode())] if bearer_token else []
+    token = target.bearer_token
+    headers = [(b"Authorization", b"Bearer " + token.encode())] if token else []
     try:
-        with trio.fail_after(timeout):
-            return await websocket.connect(url, headers=headers)
+        with trio.fail_after(target.connect_timeout):
+            return await websocket.connect(target.url, headers=headers)
     except trio.TooSlowError as error:
-        raise ConnectFailed(f"no websocket connection to {_shown(url)} within {timeout:g} s") from error
+        raise ConnectFailed(
+            f"no websocket connection to {_shown(target.url)} within {target.connect_timeout:g} s"
+        ) from error
 
 
 def _shown(url: str) -> str:

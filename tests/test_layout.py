@@ -33,11 +33,12 @@ PUBLIC = """
     PathUri
     Process
     DirectoryEntry EnvPolicy EnvironmentInfo FileMetadata WalkEntry WalkError WalkResult
+    CommandTarget LocalTarget WebsocketTarget
     Progress TransferReport
 """
 
 LAYERS = (
-    {"_service", "_version", "abc", "codec", "errors", "paths", "protocol", "sandbox"},
+    {"_service", "_version", "abc", "codec", "errors", "paths", "protocol", "sandbox", "targets"},
     {"rpc", "transports"},
     {"local", "remote", "server"},
     {
