@@ -32,6 +32,7 @@ from execenv.protocol import (
     WalkOptions,
     WalkResult,
 )
+from execenv.status import Status
 
 
 @frozen
@@ -484,6 +485,9 @@ class EnvironmentBackend(ABC):
     files: FileSystem
     http: HttpClient
 
+    status: Status
+    """Whether it can be reached."""
+
     @abstractmethod
     async def info(self) -> EnvironmentInfo: ...
 
@@ -496,5 +500,5 @@ class EnvironmentBackend(ABC):
         """
 
     @abstractmethod
-    async def status(self) -> str:
-        """`"ready"`, or another word while the environment is still starting."""
+    async def probe(self) -> str:
+        """Ask it: `"ready"`, or another word while the environment is still starting."""

@@ -157,6 +157,8 @@ class Peer:
         self._requests = 0
         self._request_bytes = 0
         self._nursery: trio.Nursery | None = None
+        self.on_lost: Callable[[], None] | None = None
+        """Called when the channel has ended, before the waiting calls fail: they may want to know why."""
 
     async def run(self) -> None:
         """Serve until the channel ends. Handlers that still wait are cancelled; waiting calls fail."""
@@ -168,8 +170,10 @@ class Peer:
         finally:
             self._nursery = None
             self.channel.close_nowait()
+            if self.on_lost is not None:
+                self.on_lost()
             for call in self._waiting.values():
-                call.settle(outcome.Error(self.channel.lost()))
+                call.settle(outcome.Error(self.channel.lost("unknown")))
             self._waiting.clear()
 
     # Calling.

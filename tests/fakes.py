@@ -37,6 +37,7 @@ from execenv.protocol import (
     ProcessStartParams,
     Shell,
 )
+from execenv.status import Status
 
 MOUNTS = Mounts()
 
@@ -106,6 +107,7 @@ class FakeProcess(Process):
         self.released = False
         self._log = OutputLog()
         self._sinks: list[Sink] = []
+        self._write_ids: set[str] = set()
         self._changed = trio.lowlevel.ParkingLot()
         self._waiting = trio.lowlevel.ParkingLot()
 
@@ -170,11 +172,14 @@ class FakeProcess(Process):
         return self._log.read(after_seq, max_bytes)
 
     def write_nowait(self, data: bytes, write_id: str) -> str | None:
+        if write_id in self._write_ids:
+            return "accepted"
         if self._log.exited:
             raise InternalError("failed to write to process stdin")
         if self.room < 1:
             return None
         self.room -= 1
+        self._write_ids.add(write_id)
         self.written.append(data)
         return "accepted"
 
@@ -251,19 +256,21 @@ class FakeEnvironment(EnvironmentBackend):
 
     def __init__(self) -> None:
         self.name = "fake"
+        self.status = Status()
         self.fakes = FakeProcesses()
         self.processes = self.fakes
         self.files = LocalFileSystem(MOUNTS)
         self.http = cast(HttpClient, None)  # no test with this one asks for HTTP
         self.closed = False
+        self.capabilities: dict[str, bool] = {}
         self.may_inform = trio.Event()
         self.may_inform.set()
 
     async def info(self) -> EnvironmentInfo:
         await self.may_inform.wait()
-        return EnvironmentInfo(Shell("sh", "/bin/sh"))
+        return EnvironmentInfo(Shell("sh", "/bin/sh"), capabilities=self.capabilities)
 
-    async def status(self) -> str:
+    async def probe(self) -> str:
         await trio.lowlevel.checkpoint()
         return "ready"
 
@@ -279,6 +286,7 @@ class FakeHost:
         failure: what the next `open` raises instead.
         may_open: `open` waits for it.
         may_inform: whether `info` of those opened next answers at once.
+        capabilities: of those opened next.
     """
 
     def __init__(self) -> None:
@@ -287,6 +295,7 @@ class FakeHost:
         self.may_open = trio.Event()
         self.may_open.set()
         self.may_inform = True
+        self.capabilities: dict[str, bool] = {}
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[EnvironmentBackend]:
@@ -294,6 +303,7 @@ class FakeHost:
         if self.failure is not None:
             raise self.failure
         environment = FakeEnvironment()
+        environment.capabilities = self.capabilities
         if not self.may_inform:
             environment.may_inform = trio.Event()
         self.opened.append(environment)

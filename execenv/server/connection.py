@@ -165,4 +165,4 @@ class ServerConnection:
 
     async def _status(self, params: Unit) -> EnvironmentStatusResult:
         assert self._session is not None
-        return EnvironmentStatusResult(await self._session.environment.status())
+        return EnvironmentStatusResult(await self._session.environment.probe())
