@@ -157,6 +157,8 @@ class Peer:
         self._requests = 0
         self._request_bytes = 0
         self._nursery: trio.Nursery | None = None
+        self.on_end: Callable[[], object] = lambda: None
+        """Called when the channel has ended and the handlers are cancelled, which may go on for a while."""
 
     async def run(self) -> None:
         """Serve until the channel ends. Handlers that still wait are cancelled; waiting calls fail."""
@@ -165,6 +167,7 @@ class Peer:
                 self._nursery = nursery
                 await self.channel.run(self._receive)
                 nursery.cancel_scope.cancel()
+                self.on_end()
         finally:
             self._nursery = None
             self.channel.close_nowait()

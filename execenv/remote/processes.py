@@ -38,6 +38,7 @@ from execenv.errors import (
     ProtocolViolation,
 )
 from execenv.protocol import (
+    CHUNK_OVERHEAD,
     PROCESS_CLOSE_STDIN,
     PROCESS_OUTPUT_TAKEN,
     PROCESS_READ,
@@ -150,7 +151,7 @@ class RemoteProcess(Process):
             self._ended = True
             self._owner.remove(self)
         elif isinstance(event, Output):
-            self._note_taken(len(event.data))
+            self._note_taken(len(event.data) + CHUNK_OVERHEAD)
 
     def _note_taken(self, size: int) -> None:
         self._untold += size
