@@ -336,11 +336,14 @@ class OutputGap(ExecenvError):
 
     Attributes:
         from_seq, to_seq: the first and last sequence number that are missing.
+        bytes: how much output that was, of all streams together; `None` if it is not known.
     """
 
     outcome = "done"
 
-    def __init__(self, from_seq: int, to_seq: int) -> None:
-        super().__init__(f"output with seq {from_seq} to {to_seq} was lost before it could be read")
+    def __init__(self, from_seq: int, to_seq: int, bytes: int | None = None) -> None:  # noqa: A002
+        amount = "" if bytes is None else f" ({bytes} bytes)"
+        super().__init__(f"output with seq {from_seq} to {to_seq}{amount} was lost before it could be read")
         self.from_seq = from_seq
         self.to_seq = to_seq
+        self.bytes = bytes

@@ -90,6 +90,7 @@ class FakeProcess(Process):
     """A process that does what the test tells it.
 
     Attributes:
+        ending: `terminate` waits for it, whoever is cancelled.
         written: what was taken from `process/write`, in order; `None` for the end of stdin.
         room: how many more writes are taken at once; those beyond wait for `take`.
         reads: how many more `process/read` are answered at once; those beyond wait for `answer_reads`.
@@ -105,6 +106,8 @@ class FakeProcess(Process):
         self.readers = 0
         self.signals: list[str] = []
         self.released = False
+        self.ending = trio.Event()
+        self.ending.set()
         self._log = OutputLog()
         self._sinks: list[Sink] = []
         self._write_ids: set[str] = set()
@@ -147,6 +150,16 @@ class FakeProcess(Process):
         self._changed.unpark_all()
 
     # What an environment does.
+
+    @property
+    def retained(self) -> int:
+        return self._log.size
+
+    def retain_behind(self, seq: int | None, max_bytes: int = 0) -> None:
+        self._log.retain_behind(seq, max_bytes)
+
+    def forget_output(self) -> None:
+        self._log.forget()
 
     def subscribe(self, sink: Sink, *, history: bool = False) -> None:
         for event in self._log.history() if history else ():
@@ -200,7 +213,8 @@ class FakeProcess(Process):
         await trio.lowlevel.checkpoint()
 
     async def terminate(self, *, receipt: bool = True, grace: float = 0.0) -> Termination:
-        await trio.lowlevel.checkpoint()
+        with trio.CancelScope(shield=True):
+            await self.ending.wait()
         running = not self._log.exited
         self.signals.append("terminate")
         if running:

@@ -204,6 +204,7 @@ async def test_what_was_evicted_is_reported_and_the_rest_follows(autojump_clock:
         with pytest.raises(OutputGap) as caught:
             await process.stdout.receive_some()
         assert (caught.value.from_seq, caught.value.to_seq) == (2, 4)
+        assert caught.value.bytes == 3 * 1024 * 1024
         assert caught.value.outcome == "done"
         assert await process.stdout.receive_some() == b"last"
         assert await process.stdout.receive_some() == b""

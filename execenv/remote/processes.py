@@ -42,6 +42,7 @@ from execenv.errors import (
     ProtocolViolation,
 )
 from execenv.protocol import (
+    CHUNK_OVERHEAD,
     PROCESS_CLOSE_STDIN,
     PROCESS_OUTPUT_TAKEN,
     PROCESS_READ,
@@ -97,6 +98,7 @@ class RemoteProcess(Process):
         self._early_bytes = 0
         self._held = 0
         self._newest = 0  # the highest seq that is known to exist
+        self._passed: int | None = 0  # bytes of output before `_next_seq`; `None` if that is not known
         self._catching_up = attached  # what is pushed before the history was read is part of it
         self._fetching = False  # `_fetch_missed` runs
         self._stale = False  # the connection was lost since it asked last
@@ -162,7 +164,9 @@ class RemoteProcess(Process):
             self._ended = True
             self._owner.remove(self)
         elif isinstance(event, Output):
-            self._note_taken(len(event.data))
+            if self._passed is not None:
+                self._passed += len(event.data)
+            self._note_taken(len(event.data) + CHUNK_OVERHEAD)
 
     def _note_taken(self, size: int) -> None:
         self._untold += size
@@ -276,7 +280,7 @@ class RemoteProcess(Process):
             self._pass_terminal(chunk.seq)
             if chunk.seq == self._next_seq + 1 and result.exited and not self._exit_known:
                 self._pass_on(self._exit_at(self._next_seq, result), self._next_seq)
-            self._skip_to(chunk.seq)
+            self._skip_to(chunk.seq, result.evicted_bytes)
             self._pass_on(Output(chunk.seq, chunk.stream, chunk.chunk), chunk.seq)
         self._newest = max(self._newest, result.next_seq - 1)
         if result.chunks:
@@ -289,7 +293,7 @@ class RemoteProcess(Process):
         # Only as far as the answer goes: what was pushed since then is for the next read.
         self._pass_terminal(result.next_seq)
         if not self._ended:
-            self._skip_to(result.next_seq)
+            self._skip_to(result.next_seq, result.evicted_bytes)
 
     def _pass_terminal(self, before: int) -> None:
         """Pass on what was pushed meanwhile and comes before that seq."""
@@ -317,11 +321,18 @@ class RemoteProcess(Process):
             for sink in self._sinks:
                 sink.put(self._exit_at(last, result))
 
-    def _skip_to(self, seq: int) -> None:
+    def _skip_to(self, seq: int, evicted: int = 0) -> None:
+        """Report what is missing before `seq`.
+
+        `evicted` is how much output the server has dropped before `seq`, if it says that (ours does): of all
+        that this one has seen a part, and the rest is what is missing.
+        """
         if seq > self._next_seq:
+            size = evicted - self._passed if evicted and self._passed is not None else None
+            self._passed = evicted or None
             first, self._next_seq = self._next_seq, seq
             for sink in self._sinks:
-                sink.put(Lost(first, seq - 1))
+                sink.put(Lost(first, seq - 1, size))
 
     def release(self) -> None:
         self._owner.remove(self)

@@ -222,7 +222,7 @@ class Session:
         """
         async with self._dial() as channel:
             peer = Peer(channel, notifications=self._notifications)
-            peer.on_lost = lambda: self._disconnected(peer)
+            peer.on_end = lambda: self._disconnected(peer)
             async with open_nursery() as nursery:
                 nursery.start_soon(self._shake_hands, peer, resume)
                 await peer.run()

@@ -69,6 +69,9 @@ class Channel(ABC):
         `code` and `reason` go into a websocket's close frame and nowhere else.
         """
 
+    def probe_nowait(self) -> None:  # noqa: B027 - where one end cannot vanish without a word to the other
+        """Ask the peer for a sign of life, and end the channel if none arrives soon."""
+
     @asynccontextmanager
     async def open_message(self) -> AsyncIterator[SendPart]:
         """One message in parts, for what is too large to be held at once; leaving the block ends it.
