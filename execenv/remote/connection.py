@@ -29,7 +29,7 @@ from execenv.protocol import (
 from execenv.remote.filesystem import RemoteFileSystem
 from execenv.remote.http import RemoteHttp
 from execenv.remote.processes import RemoteProcesses
-from execenv.remote.session import REPEATS, Dial, Recovery, Session, again, given_up
+from execenv.remote.session import Dial, Recovery, Session, Tries, again
 from execenv.rpc import Peer
 from execenv.status import Status, refuse_to_wait
 from execenv.targets import INITIALIZE_TIMEOUT
@@ -191,12 +191,12 @@ class RemoteEnvironment(EnvironmentBackend):
             ConnectionLost: if it cannot be done (again). Its `outcome` is that of all attempts.
             ConnectFailed: if it never was sent.
         """
-        sent = False
-        for _ in range(REPEATS):
+        tries = Tries(self._recovery)
+        while True:
             try:
                 session = await self.session()
             except (ConnectFailed, ConnectionLost) as error:
-                if sent:
+                if tries.sent:
                     raise ConnectionLost(str(error), "unknown") from error
                 raise
             assert session.peer is not None
@@ -204,12 +204,10 @@ class RemoteEnvironment(EnvironmentBackend):
             try:
                 return await use(peer)
             except ConnectionLost as error:
-                last = error
-                sent = sent or error.outcome != "not sent"
-                if not self._may_come_back or (sent and not repeat):
-                    raise again(error, "unknown" if sent else "not sent") from error.__cause__
+                tries.note(error)
+                if not self._may_come_back or (tries.sent and not repeat):
+                    raise again(error, tries.outcome) from error.__cause__
                 await session.wait_lost(peer)
-        raise given_up(last)
 
     @property
     def _may_come_back(self) -> bool:

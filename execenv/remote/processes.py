@@ -66,7 +66,7 @@ from execenv.protocol import (
     ProcessTerminateParams,
     ProcessWriteParams,
 )
-from execenv.remote.session import REPEATS, Session, given_up
+from execenv.remote.session import Session
 
 if TYPE_CHECKING:
     from execenv.remote.connection import RemoteEnvironment
@@ -432,21 +432,19 @@ class RemoteProcesses(Processes):
     @staticmethod
     async def _start(session: Session, params: ProcessStartParams) -> None:
         """Start it once. The id tells whether a start whose answer was lost was done."""
-        sent = False
-        for _ in range(REPEATS):
-            peer = await session.wait_peer("unknown" if sent else "not sent")
+        tries = session.tries()
+        while True:
+            peer = await session.wait_peer(tries.outcome)
             try:
                 await peer.call(PROCESS_START, params)
                 return
             except ConnectionLost as error:
-                last = error
-                sent = sent or error.outcome != "not sent"
+                tries.note(error)
                 await session.wait_lost(peer)
             except InvalidRequest as error:
-                if sent and error.message.endswith("already exists"):
+                if tries.sent and error.message.endswith("already exists"):
                     return
                 raise
-        raise given_up(last)
 
     async def attach(self, process_id: str) -> RemoteProcess:
         session = await self._environment.session()

@@ -39,9 +39,6 @@ CLIENT_NAME = "execenv"
 P = TypeVar("P")
 R = TypeVar("R")
 
-REPEATS = 10
-"""Connections that one call may lose. One that itself ends the connection must not be repeated for ever."""
-
 Dial = Callable[[], AbstractAsyncContextManager[Channel]]
 """Opens a channel that nobody has used yet, and lets go of it. Raises `ConnectFailed`."""
 
@@ -75,8 +72,45 @@ class Recovery:
         return min(max(delay * 2, self.first_delay), self.max_delay)
 
 
+MOST_TRIES = 30
+"""Connections that one call may lose, and the time to recover besides: one that itself ends the connection
+must not be repeated for ever."""
+
 STEADY = 1.0
 """Seconds that a connection has to last for the next one to be made at once again."""
+
+
+class Tries:
+    """What is known of a call that is made over one connection after the other.
+
+    Attributes:
+        sent: whether the server may have heard of it.
+    """
+
+    sent = False
+
+    def __init__(self, recovery: Recovery | None) -> None:
+        self._deadline = math.inf if recovery is None else recovery.deadline
+        self._lost = 0
+        self._since = 0.0
+
+    @property
+    def outcome(self) -> Outcome:
+        return "unknown" if self.sent else "not sent"
+
+    def note(self, error: ConnectionLost) -> None:
+        """The connection was lost with it.
+
+        Raises:
+            ConnectionLost: if that has happened too often.
+        """
+        self.sent = self.sent or error.outcome != "not sent"
+        self._lost += 1
+        if self._lost == 1:
+            self._since = trio.current_time()
+        if self._lost >= MOST_TRIES and trio.current_time() >= self._since + self._deadline:
+            text = f"{error}; given up after {self._lost} connections that were lost with this call"
+            raise ConnectionLost(text, self.outcome) from error
 
 
 class Owner(Protocol):
@@ -187,18 +221,20 @@ class Session:
         Raises:
             ConnectionLost: if the session is lost, or it must not be repeated.
         """
-        sent = False
-        for _ in range(REPEATS):
-            peer = await self.wait_peer("unknown" if sent else "not sent")
+        tries = self.tries()
+        while True:
+            peer = await self.wait_peer(tries.outcome)
             try:
                 return await peer.call(method, params)
             except ConnectionLost as error:
-                last = error
-                sent = sent or error.outcome != "not sent"
-                if sent and not repeat:
+                tries.note(error)
+                if tries.sent and not repeat:
                     raise
                 await self.wait_lost(peer)
-        raise given_up(last)
+
+    def tries(self) -> Tries:
+        """For a call that is about to be made."""
+        return Tries(self._recovery)
 
     async def wait_lost(self, peer: Peer) -> None:
         """Return when the session knows that this connection has ended, which a call over it knew first."""
@@ -297,12 +333,6 @@ def again(error: ConnectionLost, outcome: Outcome) -> ConnectionLost:
     copy = ConnectionLost(str(error), outcome)
     copy.__cause__ = error.__cause__
     return copy
-
-
-def given_up(last: ConnectionLost) -> ConnectionLost:
-    """The error of a call that lost so many connections that it may be what ends them."""
-    text = f"{last}; given up after {REPEATS} connections that were lost with it"
-    return ConnectionLost(text, last.outcome)
 
 
 def _not_resumed(loss: ConnectionLost, why: object) -> ConnectionLost:
