@@ -61,8 +61,9 @@ LAYERS = (
         "process",
         "transfer",
     },
+    {"testing"},
 )
-"""Values, pumps, capabilities, assembly: each may import its own layer and those before it."""
+"""Values, pumps, capabilities, assembly, tools for tests: each may import its own and those before it."""
 
 HEAVY = ("attr", "attrs", "cattrs", "h11", "httpcore2", "orjson", "trio", "trio_websocket", "websockets")
 
