@@ -543,14 +543,13 @@ async def test_connection_cut_in_the_upgrade_is_a_failed_connect(websocket_serve
 
 async def test_session_is_resumed_behind_a_cut(websocket_server: WebsocketServer) -> None:
     with trio.fail_after(TIME_LIMIT):
-        async with open_fault_proxy(websocket_server.url) as proxy:
-            async with open_environment(proxy.url) as env:
-                await env.start_detached("p", ["sh", "-c", "read -r line; echo got $line"], stdin=True)
-                async with env.attach("p", stdin=True) as process:
-                    proxy.cut()
-                    assert process.stdin is not None
-                    await process.stdin.send_all(b"it\n")
-                    assert [chunk.data async for chunk in process] == [b"got it\n"]
+        async with open_fault_proxy(websocket_server.url) as proxy, open_environment(proxy.url) as env:
+            await env.start_detached("p", ["sh", "-c", "read -r line; echo got $line"], stdin=True)
+            async with env.attach("p", stdin=True) as process:
+                proxy.cut()
+                assert process.stdin is not None
+                await process.stdin.send_all(b"it\n")
+                assert [chunk.data async for chunk in process] == [b"got it\n"]
         assert proxy.connections == 2
 
 

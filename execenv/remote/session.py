@@ -77,7 +77,7 @@ MOST_TRIES = 30
 must not be repeated for ever."""
 
 STEADY = 1.0
-"""Seconds that a connection has to last for the next one to be made at once again."""
+"""Seconds that a connection has to last for the next one to be made at once."""
 
 
 class Tries:
@@ -186,7 +186,7 @@ class Session:
                 return
             loss = await self._recover(loss, self._recovery, delay)
             steady = trio.current_time() - self._connected_at > STEADY
-            delay = 0.0 if steady else self._recovery.after(delay)
+            delay = 0.0 if steady else self._recovery.first_delay
 
     def close(self) -> None:
         """End the connection, behind what was sent; or what makes one."""
