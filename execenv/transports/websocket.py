@@ -156,6 +156,8 @@ class WebsocketChannel(Pump):
 async def _is_set_within(event: trio.Event, seconds: float) -> bool:
     with trio.move_on_after(seconds):
         await event.wait()
+    if not event.is_set():  # after a pause of this whole program the answer lies there, to be read first
+        await trio.lowlevel.checkpoint()
     return event.is_set()
 
 
