@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import time
 from collections import deque
@@ -81,8 +82,8 @@ class RawClient:
         found: str = answer["result"]["sessionId"]
         return found
 
-    async def start(self, argv: list[str]) -> None:
-        params = {"processId": "p", "argv": argv, "cwd": "file:///", "env": {}, "tty": False}
+    async def start(self, argv: list[str], **changes: Any) -> None:
+        params = {"processId": "p", "argv": argv, "cwd": "file:///", "env": {}, "tty": False} | changes
         assert "result" in await self.call("process/start", **params)
 
 
@@ -228,3 +229,71 @@ async def test_detached_session_waits_longer_for_somebody_to_read_what_has_ended
             chunks = (await client.call("process/read", processId="p"))["result"]["chunks"]
             assert [pybase64.b64decode(chunk["chunk"]) for chunk in chunks] == [b"done\n"]
     watched.close()
+
+
+NUMBERS = """
+import os
+for number in range(3_000_000):
+    if number % 8192 == 0:
+        block = b"".join(b"%010d" % n for n in range(number, number + 8192))
+        while block:
+            block = block[os.write(1, block):]
+"""
+
+
+async def test_no_output_is_lost_at_any_of_many_cuts() -> None:
+    """A child that writes as fast as it can, and a client that each time comes back without the last 3 MiB."""
+    choose = random.Random(7)
+    received = bytearray()
+    seq = cuts = 0
+    session_id = None
+    closed = False
+
+    def take(message: Message) -> None:
+        nonlocal seq, closed
+        params = message["params"]
+        if params["seq"] == seq + 1:  # not what was read already
+            seq += 1
+            received.extend(pybase64.b64decode(params.get("chunk", "")))
+            closed = message["method"] == "process/closed"
+
+    async with serving() as port:
+        while not closed:
+            async with raw_client(port) as client:
+                begins = session_id is None
+                session_id = await client.initialize(session_id)
+                window = 4 * MIB
+                if begins:
+                    await client.start(python(NUMBERS), outputWindow=window)
+                else:
+                    found = (await client.call("process/read", processId="p", afterSeq=seq))["result"]
+                    assert found.get("evictedBytes", 0) <= len(received)
+                    for chunk in found["chunks"]:
+                        assert chunk["seq"] == seq + 1
+                        take({"method": "process/output", "params": chunk})
+                    if found["exited"]:
+                        closed = found["closed"]
+                        continue
+                    taken = {"processId": "p", "seq": seq, "window": window}
+                    await client.notify("process/outputTaken", params=taken)
+                until = len(received) + choose.randrange(2 * MIB, 8 * MIB)
+                while len(received) < until and not closed:
+                    message = await client.next()
+                    assert message is not None
+                    if "method" in message:
+                        take(message)
+                        if seq % 16 == 0:
+                            taken = {"processId": "p", "seq": seq}
+                            await client.notify("process/outputTaken", params=taken)
+                if not closed:
+                    await client.notify("process/outputTaken", params={"processId": "p", "seq": seq})
+                    lost = 0
+                    while lost < 3 * MIB and (message := await client.next()):
+                        if message["method"] != "process/output":
+                            break
+                        lost += len(message["params"]["chunk"]) * 3 // 4
+                    cuts += 1
+    assert cuts >= 3
+    count = (3_000_000 + 8191) // 8192 * 8192
+    assert len(received) == count * 10
+    assert received == b"".join(b"%010d" % number for number in range(count))
