@@ -242,7 +242,7 @@ for number in range(3_000_000):
 
 
 async def test_no_output_is_lost_at_any_of_many_cuts() -> None:
-    """A child that writes as fast as it can, and a client that each time comes back without the last 3 MiB."""
+    """A child that writes as fast as it can, and a client that comes back without the last 3 MiB."""
     choose = random.Random(7)
     received = bytearray()
     seq = cuts = 0
