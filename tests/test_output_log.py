@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
+from execenv import OutputGap
 from execenv.abc import Closed, Exited, Lost, Output
 from execenv.local.output_log import OutputLog
+from execenv.process import Inbox
 from execenv.protocol import CHUNK_OVERHEAD
 
 
@@ -80,3 +84,13 @@ def test_what_somebody_still_has_to_take_is_bounded_with_what_each_chunk_costs()
         log.append("stdout", b"xy")
     assert seqs(log) == list(range(901, 1001))
     assert log.read().evicted_bytes == 1800
+
+
+@pytest.mark.parametrize(("size", "words"), [(1234, "seq 3 to 9 (1234 bytes) was"), (None, "seq 3 to 9 was")])
+async def test_reader_learns_how_much_is_lost(size: int | None, words: str) -> None:
+    inbox = Inbox()
+    inbox.put(Lost(3, 9, size))
+    with pytest.raises(OutputGap) as gap:
+        await inbox.take("stdout", "stderr")
+    assert (gap.value.from_seq, gap.value.to_seq, gap.value.bytes) == (3, 9, size)
+    assert words in str(gap.value)

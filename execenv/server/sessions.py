@@ -195,8 +195,8 @@ async def open_sessions(
     Args:
         open_environment: what each session serves.
         detached_ttl: seconds that a session waits for its client to come back; may be infinite.
-        retention: seconds that a process stays readable, and its id taken, after it was closed. Those that
-            its client was away for do not count.
+        retention: seconds that a process stays readable, and its id taken, after it was closed. They begin
+            anew when the client comes back, and none is forgotten while it is away.
     """
     if not isinstance(detached_ttl, DetachedTtl):
         detached_ttl = DetachedTtl(detached_ttl)

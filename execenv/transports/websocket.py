@@ -129,11 +129,12 @@ class WebsocketChannel(Pump):
             if self._pong_timeout < math.inf:
                 stuck = False
                 while not await _is_set_within(answer, self._pong_timeout):
-                    if not self._patient or not (self.queued or stuck):
+                    refused = self._patient and self.queued > self._behind_bytes
+                    if not refused and not stuck:
                         self.fail(f"no answer to a ping within {self._pong_timeout:g} s")
                         return
                     # Once it has taken everything it has as long again to answer.
-                    stuck = self.queued > 0
+                    stuck = refused
             next_ping = max(next_ping + self._ping_interval, trio.current_time())
 
     def _ping(self) -> trio.Event:
@@ -143,7 +144,7 @@ class WebsocketChannel(Pump):
         return self._heard
 
     def probe_nowait(self) -> None:
-        if self._nursery is not None and not self._probing and not self.closed:
+        if self._nursery is not None and not self._probing and not self._ending and not self.closed:
             self._probing = True
             self._nursery.start_soon(self._probe)
 
@@ -156,6 +157,8 @@ class WebsocketChannel(Pump):
 async def _is_set_within(event: trio.Event, seconds: float) -> bool:
     with trio.move_on_after(seconds):
         await event.wait()
+    if not event.is_set():  # after a pause of this whole program the answer lies there, to be read first
+        await trio.lowlevel.checkpoint()
     return event.is_set()
 
 
