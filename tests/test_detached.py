@@ -23,6 +23,7 @@ from execenv.protocol import (
     Shell,
 )
 from execenv.remote.connection import open_remote
+from execenv.remote.session import only
 from execenv.server import DetachedTtl, processes
 from execenv.server.connection import ServerConnection
 from execenv.server.listen import serve_channel
@@ -527,7 +528,7 @@ async def test_our_client_says_in_time_what_it_took_of_tiny_chunks(
         nursery.cancel_scope.deadline = trio.current_time() + 1000
         ours, theirs = memory_pair()
         nursery.start_soon(serve_channel, theirs, sessions)
-        async with open_remote(ours) as remote:
+        async with open_remote(only(ours), "memory") as remote:
             sink = CountingSink()
             await remote.processes.start(params, sink)
             process = host.opened[0].fakes.started["p"][0]

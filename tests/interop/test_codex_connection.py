@@ -11,6 +11,7 @@ import trio
 from execenv import Environment
 from execenv.protocol import ProcessReadResult
 from execenv.remote.connection import open_remote
+from execenv.remote.session import only
 from execenv.server import open_local_sessions
 from execenv.server.listen import Listener
 from execenv.server.sessions import Sessions
@@ -80,7 +81,7 @@ async def test_exec_server_of_codex_answers_our_pings(codex: Path, tmp_path: Pat
     with trio.fail_after(60):
         async with real_exec_server(codex, tmp_path / "server", {}) as server:
             channel = await websocket.connect(server.url, ping_interval=0.2, pong_timeout=1.0)
-            async with open_remote(channel) as remote:
+            async with open_remote(only(channel), "websocket") as remote:
                 done = await Environment(remote).run(["sh", "-c", "sleep 4; echo awake"])
     assert done.stdout == b"awake\n"
     check(pings)
