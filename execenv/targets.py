@@ -9,6 +9,8 @@ from attrs import field, frozen
 
 CONNECT_TIMEOUT = 10.0  # environments.md §1.1
 INITIALIZE_TIMEOUT = 10.0
+RECOVERY = 45.0
+"""Seconds that a client tries to get its session back (real-client.md, "Cuts")."""
 
 
 @frozen

@@ -33,12 +33,13 @@ PUBLIC = """
     PathUri
     Process
     DirectoryEntry EnvPolicy EnvironmentInfo FileMetadata WalkEntry WalkError WalkResult
+    Status StatusChange fail_fast
     CommandTarget LocalTarget WebsocketTarget
     Progress TransferReport
 """
 
 LAYERS = (
-    {"_service", "_version", "abc", "codec", "errors", "paths", "protocol", "sandbox", "targets"},
+    {"_service", "_version", "abc", "codec", "errors", "paths", "protocol", "sandbox", "status", "targets"},
     {"rpc", "transports"},
     {"local", "remote", "server"},
     {

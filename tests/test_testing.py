@@ -544,20 +544,13 @@ async def test_connection_cut_in_the_upgrade_is_a_failed_connect(websocket_serve
 async def test_session_is_resumed_behind_a_cut(websocket_server: WebsocketServer) -> None:
     with trio.fail_after(TIME_LIMIT):
         async with open_fault_proxy(websocket_server.url) as proxy:
-            session_id = None
-            with pytest.raises(ConnectionLost):
-                async with open_environment(proxy.url) as env:
-                    session_id = env.session_id
-                    await env.start_detached("p", ["sh", "-c", "read -r line; echo got $line"], stdin=True)
+            async with open_environment(proxy.url) as env:
+                await env.start_detached("p", ["sh", "-c", "read -r line; echo got $line"], stdin=True)
+                async with env.attach("p", stdin=True) as process:
                     proxy.cut()
-                    await env.run(["true"])
-            async with (
-                open_environment(proxy.url, resume_session_id=session_id) as env,
-                env.attach("p", stdin=True) as process,
-            ):
-                assert process.stdin is not None
-                await process.stdin.send_all(b"it\n")
-                assert [chunk.data async for chunk in process] == [b"got it\n"]
+                    assert process.stdin is not None
+                    await process.stdin.send_all(b"it\n")
+                    assert [chunk.data async for chunk in process] == [b"got it\n"]
         assert proxy.connections == 2
 
 
@@ -574,7 +567,7 @@ async def test_target_that_is_down_resets_the_client_and_may_be_changed(
                     pass
             proxy.target = ("127.0.0.1", int(websocket_server.url.rpartition(":")[2].strip("/")))
             async with open_environment(proxy.url) as env:
-                assert await env.status() == "ready"
+                assert await env.probe() == "ready"
 
 
 @pytest.mark.parametrize("url", ["wss://host/", "http://host/", "local"])
@@ -601,7 +594,7 @@ async def say(process: ScriptedProcess) -> int:
 
 @asynccontextmanager
 async def open_dialled(dial: Dial, session_id: str | None = None) -> AsyncIterator[Environment]:
-    async with dial() as channel, open_remote(channel, resume_session_id=session_id) as remote:
+    async with open_remote(dial, "memory", resume_session_id=session_id) as remote:
         yield Environment(remote)
 
 
@@ -1005,7 +998,7 @@ async def test_request_that_was_not_recorded_is_told_to_client_and_test(
     with pytest.raises(UsageError, match="environment/status came, and the recording has process/start"):
         async with open_replay_server(Recording.load("run")) as server, open_dialled(server.dial) as env:
             with pytest.raises(execenv.RpcError, match="not as recorded: environment/status came"):
-                await env.status()
+                await env.probe()
 
 
 @pytest.mark.parametrize("name", ["run", "resume"])

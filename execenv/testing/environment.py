@@ -53,6 +53,7 @@ from execenv.protocol import (
     ProcessStartParams,
     Shell,
 )
+from execenv.status import Status
 from execenv.testing.files import MemoryFileSystem
 
 Script = Callable[["ScriptedProcess"], Awaitable[int | None]]
@@ -468,6 +469,7 @@ class FakeEnvironment(EnvironmentBackend):
     http: HttpClient
     _cwd: PathUri
     _home: PathUri
+    status: Status = field(factory=Status, init=False)
 
     async def info(self) -> EnvironmentInfo:
         await trio.lowlevel.checkpoint()
@@ -486,7 +488,7 @@ class FakeEnvironment(EnvironmentBackend):
         nothing = ConfigLayers((), 0)
         return EnvironmentConfig(self._home, self._home.join(".codex"), self.name, nothing, nothing)
 
-    async def status(self) -> str:
+    async def probe(self) -> str:
         await trio.lowlevel.checkpoint()
         return "ready"
 
