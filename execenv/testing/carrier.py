@@ -289,6 +289,12 @@ class Link:
         while direction in self._stalled and not self.mute:
             await self._resumed.park()
 
+    async def wait_answering(self) -> None:
+        """Wait until a question would be answered: nothing is stalled, and both ends are there."""
+        while self._stalled or self.mute:
+            await self._resumed.park()
+        await trio.lowlevel.checkpoint()
+
     def lost(self, towards: Direction) -> None:
         """The end that got what goes in this direction is gone: by itself, unless we have cut it off."""
         if towards in self._gone:
