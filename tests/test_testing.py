@@ -354,6 +354,17 @@ async def test_throttled_direction_takes_its_time(open_setting: OpenSetting) -> 
         assert 0.2 <= trio.current_time() - began < 5
 
 
+async def test_what_a_client_said_last_arrives_although_it_takes_no_answer(open_setting: OpenSetting) -> None:
+    async with open_setting(Rule(Delay(0.05), kind="request", skip=1)) as setting:
+        async with setting.open_ear() as ear:
+            ear.ask(1, 50, 100_000)
+            await ear.wait(1)
+            ear.ask(2)
+        server = setting.host.ears[0]
+        await server.ended.wait()
+        assert [message["id"] for message in server.messages] == [1, 2]
+
+
 # By hand.
 
 
