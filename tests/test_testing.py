@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from base64 import b64decode
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
@@ -45,8 +47,10 @@ from execenv.testing.faults import Direction, FrameLog
 from execenv.testing.memory import open_memory_listener
 from execenv.testing.proxy import FrameSplitter
 from execenv.transports import websocket
+from execenv.transports._frames import FrameCodec
 from execenv.transports.channel import Channel
 from tests.conftest import WebsocketServer
+from tests.contract import test_input, test_output, test_run
 from tests.traces import TRACES
 
 Json = Any
@@ -350,6 +354,17 @@ async def test_throttled_direction_takes_its_time(open_setting: OpenSetting) -> 
         assert 0.2 <= trio.current_time() - began < 5
 
 
+async def test_what_a_client_said_last_arrives_although_it_takes_no_answer(open_setting: OpenSetting) -> None:
+    async with open_setting(Rule(Delay(0.05), kind="request", skip=1)) as setting:
+        async with setting.open_ear() as ear:
+            ear.ask(1, 50, 100_000)
+            await ear.wait(1)
+            ear.ask(2)
+        server = setting.host.ears[0]
+        await server.ended.wait()
+        assert [message["id"] for message in server.messages] == [1, 2]
+
+
 # By hand.
 
 
@@ -482,11 +497,9 @@ async def test_everything_has_gone_when_the_block_is_left(open_setting: OpenSett
 
 
 async def test_frames_are_found_however_the_bytes_arrive() -> None:
-    from execenv.transports._frames import FrameCodec
-
-    head = b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n\r\n"
+    upgrade = b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n\r\n"
     codec = FrameCodec(client=True, max_message=1 << 20, max_fragment=1000)
-    parts = [head]
+    parts = [upgrade]
     for size in (0, 100, 300, 3500):
         message = json.dumps({"method": "m", "params": "y" * size}).encode()
         parts += [b"".join(bytes(b) for b in frame) for frame in codec.encode_message(message)]
@@ -541,15 +554,20 @@ async def test_connection_cut_in_the_upgrade_is_a_failed_connect(websocket_serve
                         pass
 
 
-async def test_session_is_resumed_behind_a_cut(websocket_server: WebsocketServer) -> None:
+async def test_session_goes_on_behind_a_cut(websocket_server: WebsocketServer) -> None:
+    script = "echo one; read -r line; echo got $line"
     with trio.fail_after(TIME_LIMIT):
-        async with open_fault_proxy(websocket_server.url) as proxy, open_environment(proxy.url) as env:
-            await env.start_detached("p", ["sh", "-c", "read -r line; echo got $line"], stdin=True)
-            async with env.attach("p", stdin=True) as process:
-                proxy.cut()
-                assert process.stdin is not None
-                await process.stdin.send_all(b"it\n")
-                assert [chunk.data async for chunk in process] == [b"got it\n"]
+        async with (
+            open_fault_proxy(websocket_server.url) as proxy,
+            open_environment(proxy.url) as env,
+            env.open_process(["sh", "-c", script], stdin=True) as process,
+        ):
+            assert process.stdin is not None
+            assert await process.stdout.receive_some() == b"one\n"
+            proxy.cut()
+            await process.stdin.send_all(b"it\n")
+            assert [chunk.data async for chunk in process] == [b"got it\n"]
+            assert await process.wait() == 0
         assert proxy.connections == 2
 
 
@@ -836,8 +854,6 @@ async def test_writer_waits_for_a_program_that_reads_nothing(autojump_clock: tri
 
 
 async def test_files_of_a_fake_environment_fail_as_files_do() -> None:
-    import errno
-
     async with testing.open_fake_backend(files={"/work/a": "text", "/work/deep/b": b"bytes"}) as backend:
         env = Environment(backend)
         await env.path("/work/deep/c").write_bytes(b"new")
@@ -912,8 +928,6 @@ async def test_what_is_carried_is_recorded_without_its_secrets(
     methods = [line.msg.get("method") for line in recording.lines if line.sent]
     assert methods[:3] == ["initialize", "initialized", "process/start"]
     assert [line.conn for line in recording.lines if line.is_end] == [0, 1]
-    from base64 import b64decode
-
     printed = [
         b64decode(line.msg["params"]["chunk"])
         for line in recording.lines
@@ -1028,3 +1042,100 @@ def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
         testing.Nothing  # noqa: B018
     assert dir(testing) == sorted(testing.__all__)
+
+
+# The contract, as far as it needs no shell.
+
+
+async def cat(process: ScriptedProcess) -> None:
+    while data := await process.read_stdin():
+        await process.send_stdout(data)
+
+
+async def echo(process: ScriptedProcess) -> None:
+    process.write_stdout(" ".join(process.argv[1:]).encode() + b"\n")
+
+
+async def printf(process: ScriptedProcess) -> None:
+    process.write_stdout(process.argv[1].encode())
+
+
+async def head(process: ScriptedProcess) -> None:
+    data = b""
+    while len(data) < int(process.argv[2]):
+        data += await process.read_stdin()
+    process.write_stdout(data[: int(process.argv[2])])
+
+
+async def sleep(process: ScriptedProcess) -> None:
+    await trio.sleep(float(process.argv[1]))
+
+
+async def true(process: ScriptedProcess) -> None:
+    await trio.lowlevel.checkpoint()
+
+
+PROGRAMS = {script.__name__: script for script in (cat, echo, printf, head, sleep, true)}
+CONTRACT = (
+    test_run.test_run_without_capture_gives_no_output,
+    test_run.test_unknown_program_is_not_started,
+    test_run.test_missing_working_directory_is_not_started,
+    test_run.test_argv_as_one_string_is_a_usage_error,
+    test_run.test_complete_environment_with_a_policy_is_a_usage_error,
+    test_run.test_error_of_the_block_comes_out_as_itself,
+    test_input.test_input_is_delivered_with_an_end_of_file,
+    test_input.test_large_input_is_delivered_whole,
+    test_input.test_program_may_read_only_the_start_of_its_input,
+    test_input.test_without_input_stdin_is_at_end_of_file,
+    test_input.test_process_opened_without_stdin_has_none,
+    test_input.test_closing_stdin_ends_it_behind_all_that_was_sent,
+    test_input.test_input_and_output_alternate,
+    test_input.test_many_small_writes_arrive_in_order,
+    test_input.test_sending_to_an_ended_process_says_broken,
+    test_input.test_sender_held_back_by_the_process_is_released_by_its_end,
+    test_output.test_stream_gives_no_more_than_is_asked_for,
+    test_output.test_closed_stream_gives_nothing,
+    test_output.test_two_readers_of_one_stream_are_a_usage_error,
+    test_output.test_cancelled_reader_loses_nothing,
+)
+
+
+@pytest.mark.parametrize("served", [False, True])
+@pytest.mark.parametrize("check", CONTRACT, ids=lambda check: check.__name__.removeprefix("test_"))
+async def test_fake_environment_keeps_the_contract(
+    check: Callable[[Environment], Awaitable[None]], served: bool
+) -> None:
+    with trio.fail_after(TIME_LIMIT):
+        if not served:
+            async with testing.open_fake_environment(PROGRAMS) as env:
+                await check(env)
+            return
+        async with (
+            open_memory_server(partial(open_fake_backend, PROGRAMS)) as server,
+            open_dialled(server.dial) as env,
+        ):
+            await check(env)
+
+
+async def test_half_open_connection_is_given_up_when_its_client_comes_back(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with (
+        open_memory_server(partial(open_fake_backend, {"wait": wait_for_ever})) as server,
+        server.dial() as channel,
+        trio.open_nursery() as nursery,
+    ):
+        first = Ear(channel)
+        nursery.start_soon(first.listen)
+        first.send({"id": 1, "method": "initialize", "params": {"clientName": "x"}})
+        (reply,) = await first.wait(1)
+        server.cut("client")
+        params = {"clientName": "x", "resumeSessionId": reply["result"]["sessionId"]}
+        async with server.dial() as channel:
+            second = Ear(channel)
+            nursery.start_soon(second.listen)
+            second.send({"id": 1, "method": "initialize", "params": params})
+            assert (await second.wait(1))[0]["error"]["code"] == -32010
+            await trio.sleep(6)
+            second.send({"id": 2, "method": "initialize", "params": params})
+            assert (await second.wait(2))[1]["result"] == reply["result"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Literal
 
 import trio
@@ -289,17 +289,15 @@ class Link:
         while direction in self._stalled and not self.mute:
             await self._resumed.park()
 
+    async def wait_answering(self) -> None:
+        """Wait until a question would be answered: nothing is stalled, and both ends are there."""
+        while self._stalled or self.mute:
+            await self._resumed.park()
+        await trio.lowlevel.checkpoint()
+
     def lost(self, towards: Direction) -> None:
         """The end that got what goes in this direction is gone: by itself, unless we have cut it off."""
-        if towards in self._gone:
-            return
-        self._gone.add(towards)
-        other: Direction = "to_server" if towards == "to_client" else "to_client"
-        if self.mute:
-            self._scope.cancel()  # the end that was not told has noticed
-        elif other in self._stalled:
-            self.cut("client" if towards == "to_client" else "server")
-        else:
+        if towards not in self._gone:
             self.cut()
 
 
@@ -316,6 +314,8 @@ class _Lane:
         self._rate: float | None = None
         self._held: tuple[Frame, bytes] | None = None
         self._within = 0.0
+        # Who gets it is gone. That is told to the sender by the other lane, behind all that came from there.
+        self._in_vain = False
 
     async def run(self) -> None:
         link = self._link
@@ -325,22 +325,21 @@ class _Lane:
             except _LOST:
                 await self._release()
                 await link.wait_clear(self._direction)
+                if not link.mute:
+                    with suppress(*_LOST):
+                        await self._to.flush()
                 link.lost(self._back)
                 return
             await link.wait_clear(self._direction)
-            if link.mute:
-                if item is None:
-                    return
-                self._from.discarded(item[1])
-            elif item is None:
-                self._to.send_end()
+            if item is None:
+                if not link.mute:
+                    self._to.send_end()
                 return
+            if link.mute or self._in_vain:
+                self._from.discarded(item[1])
             else:
-                try:
+                with suppress(*_LOST):  # another task has cut the connection
                     await self._carry(*item)
-                except _LOST:
-                    # Another task has cut the connection, or the receiver is gone.
-                    link.lost(self._direction)
 
     async def _next(self) -> tuple[Frame, bytes] | None:
         if self._held is not None:
@@ -355,6 +354,9 @@ class _Lane:
 
     async def _carry(self, frame: Frame, data: bytes) -> None:
         await self._carrier.pass_gates(frame)
+        if self._link.mute:
+            self._from.discarded(data)
+            return
         fault = self._carrier.plan.decide(frame)
         if self._held is not None and fault is None and frame.may_cross:
             await self._deliver(frame, data)
@@ -399,21 +401,23 @@ class _Lane:
         """Let a frame go on that waits to be overtaken."""
         if self._held is not None:
             (frame, data), self._held = self._held, None
-            try:
-                await self._deliver(frame, data)
-            except _LOST:
-                self._link.lost(self._direction)
+            await self._deliver(frame, data)
 
     async def _deliver(self, frame: Frame, data: bytes, *, again: bool = False) -> None:
         await self._link.wait_clear(self._direction)
-        if self._link.mute:
+        if not self._link.mute:
+            try:
+                if self._rate is None:
+                    await self._to.send(data, again=again)
+                else:
+                    await self._send_slowly(data, self._rate, again=again)
+            except _LOST:
+                self._in_vain = True
+            else:
+                self._carrier.passed(frame)
+                return
+        if not again:
             self._from.discarded(data)
-            return
-        if self._rate is None:
-            await self._to.send(data, again=again)
-        else:
-            await self._send_slowly(data, self._rate, again=again)
-        self._carrier.passed(frame)
 
     async def _send_slowly(self, data: bytes, rate: float, *, again: bool) -> None:
         step = max(1, int(rate / _SLICES))

@@ -33,7 +33,6 @@ Direction = Literal["to_server", "to_client"]
 Side = Literal["both", "client", "server"]
 Kind = Literal["http", "request", "reply", "notification", "part", "ping", "pong", "close", "other"]
 
-_MESSAGES = ("request", "reply", "notification")
 _EVENTS = ("process/output", "process/exited", "process/closed")
 _IN_THEIR_PLACE = (None, "initialize", "http/request", "fs/watchMissing")
 
@@ -335,15 +334,3 @@ class FaultPlan:
         if draws[5] < self.throttle:
             return Throttle(self.slowest * (self.fastest / self.slowest) ** detail)
         return None
-
-
-def message_kinds(frames: Iterable[Frame]) -> list[str]:
-    """The messages among `frames` in few words, such as `> process/start` and `< process/start: error`."""
-    words = []
-    for frame in frames:
-        if frame.kind in _MESSAGES:
-            arrow = ">" if frame.direction == "to_server" else "<"
-            failed = ": error" if frame.kind == "reply" and "error" in frame.message else ""
-            answer = " answered" if frame.kind == "reply" and not failed else ""
-            words.append(f"{frame.connection} {arrow} {frame.method}{answer}{failed}")
-    return words

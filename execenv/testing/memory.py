@@ -5,17 +5,28 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import trio
 
 from execenv._service import Wakeup, open_nursery
 from execenv.errors import ConnectFailed
 from execenv.server.connection import ServerConnection
-from execenv.server.sessions import DETACHED_TTL, RETENTION, OpenEnvironment, Sessions, open_sessions
+from execenv.server.sessions import (
+    DETACHED_TTL,
+    RETENTION,
+    DetachedTtl,
+    OpenEnvironment,
+    Sessions,
+    open_sessions,
+)
 from execenv.testing.carrier import Carrier, End, Link
 from execenv.testing.faults import Direction, FaultPlan, Frame, FrameLog
 from execenv.testing.recordings import Recorder, decode
 from execenv.transports.channel import ANSWER_LIMIT, Channel, SendPart
+
+PROBE_PATIENCE = 5.0
+"""Seconds that a side which is asked for a sign of life has for it."""
 
 Serve = Callable[[Channel], Awaitable[None]]
 
@@ -36,6 +47,7 @@ class MemoryEnd(Channel, End):
         self._wakeup = Wakeup()  # of `run`
         self._mail = Wakeup()  # of the carrier
         self._no_more = False  # nothing more will come in
+        self.on_probe: Callable[[], object] = lambda: None
 
     # The side that uses it.
 
@@ -89,6 +101,9 @@ class MemoryEnd(Channel, End):
             self._wakeup.set()
             self._mail.set()
 
+    def probe_nowait(self) -> None:
+        self.on_probe()
+
     # The carrier.
 
     async def receive(self) -> tuple[Frame, bytes] | None:
@@ -133,6 +148,12 @@ class MemoryEnd(Channel, End):
         if not self._no_more:
             self._sent(len(data))
 
+    def vanish(self, loss: str) -> None:
+        """This side finds out that the other one is gone."""
+        if not self._closed:
+            self.loss = self.loss or loss
+            self.close_nowait()
+
 
 class MemoryListener(Carrier):
     """Hands out connections to `serve`, which is called with the server's end of each. Got from
@@ -164,7 +185,10 @@ class MemoryListener(Carrier):
         log = self.next_log()
         client, server = MemoryEnd(self._label, log, "to_server"), MemoryEnd(self._label, log, "to_client")
         client.peer, server.peer = server, client
-        self._nursery.start_soon(self.run_link, Link(self, log, client, server))
+        link = Link(self, log, client, server)
+        for end in (client, server):
+            end.on_probe = partial(self._nursery.start_soon, _probe, link, end)
+        self._nursery.start_soon(self.run_link, link)
         self._nursery.start_soon(self._serve_one, server)
         try:
             yield client
@@ -180,6 +204,14 @@ class MemoryListener(Carrier):
             await self._serve(channel)
         finally:
             channel.close_nowait()
+
+
+async def _probe(link: Link, end: MemoryEnd) -> None:
+    """What a ping does elsewhere: end the channel of a side that gets no answer."""
+    with trio.move_on_after(PROBE_PATIENCE):
+        await link.wait_answering()
+        return
+    end.vanish(f"no answer to a probe within {PROBE_PATIENCE:g} s")
 
 
 @asynccontextmanager
@@ -231,7 +263,9 @@ class MemoryServer(MemoryListener):
     async def _serve_session(self, channel: Channel) -> None:
         await ServerConnection(channel, self.sessions, detachable=True).run()
 
-    async def _run(self, open_environment: OpenEnvironment, detached_ttl: float, retention: float) -> None:
+    async def _run(
+        self, open_environment: OpenEnvironment, detached_ttl: DetachedTtl | float, retention: float
+    ) -> None:
         while True:
             self._life = trio.CancelScope()
             with self._life:
@@ -247,7 +281,7 @@ async def open_memory_server(
     open_environment: OpenEnvironment,
     plan: FaultPlan | None = None,
     *,
-    detached_ttl: float = DETACHED_TTL,
+    detached_ttl: DetachedTtl | float = DETACHED_TTL,
     retention: float = RETENTION,
     recorder: Recorder | None = None,
     label: str = "memory",
