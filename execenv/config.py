@@ -392,9 +392,10 @@ class _Document:
         # Only what is surely no secret is repeated: not what stands in env or args, and no token.
         found, of_key = _type_name(value), path[-1] if len(path) in (1, 3) else ""
         if isinstance(value, bool | int | float) and of_key and of_key not in TOKEN_KEYS:
-            found += f" {shown(str(value).lower() if isinstance(value, bool) else _digits(value))}"
+            text = str(value).lower() if isinstance(value, bool) else _digits(value)
+            found = f"the {found.partition(' ')[2]} {shown(text)}"
         elif isinstance(value, str) and of_key in ("include_local", "bootstrap", *_TIMES):
-            found += f" {shown(value)}"
+            found = f"the string {shown(value)}"
         article = "an" if wanted.startswith("a") else "a"
         self._fail(path, f"{_name(path)} takes {article} {wanted}, not {found}: {advice}", "parse")
 
@@ -407,9 +408,7 @@ class _Document:
         raise self._error(line, problem, verb, _name((*path, key) if key else path, whole=True))
 
     def _error(self, line: int | None, problem: str, verb: str = "", key: str | None = None) -> ConfigError:
-        where = f"{self._file}, line {line}" if line else self._file
-        text = f"failed to {verb} environment config {where}: {problem}" if verb else f"{where}: {problem}"
-        return ConfigError(text, file=self._file, line=line, key=key)
+        return ConfigError(problem, file=self._file, line=line, key=key, verb=verb)
 
 
 _TIMES = ("connect_timeout_sec", "initialize_timeout_sec")
@@ -486,9 +485,9 @@ def _name(path: KeyPath, *, whole: bool = False) -> str:
 
 def _type_name(value: object) -> str:
     for kind, name in (
-        (bool, "the boolean"),
-        (int, "the integer"),
-        (float, "the float"),
+        (bool, "a boolean"),
+        (int, "an integer"),
+        (float, "a float"),
         (str, "a string"),
         (list, "an array"),
         (dict, "a table"),
@@ -512,12 +511,16 @@ def with_environment(text: str, id_: str, target: Target, *, file: str, replace:
     What the entry has besides (comments, `skills`) stays, and an entry that is new goes to the end.
 
     Raises:
-        ConfigError: if the text is wrong before, or with that entry.
-        UsageError: if the id is there already and may not be replaced.
+        ConfigError: if the text is wrong.
+        UsageError: if the id or the target is, or the id is there already and may not be replaced.
     """
     before = parse_config(text, file=file)
     entry = _entry_values(id_, target)
     ids = [known for known, _ in before.environments]
+    try:
+        parse_config(_appended("", entry), file=file)
+    except ConfigError as error:  # its line would be one that nobody has written
+        raise UsageError(error.problem) from None
     if id_ not in ids:
         return _checked(_appended(text, entry), file)
     import tomlkit
@@ -569,7 +572,8 @@ def with_default(text: str, id_: str | None, *, file: str) -> str:
     """The text with another default; `None` for none.
 
     Raises:
-        ConfigError: if the text is wrong before, or with that default.
+        ConfigError: if the text is wrong.
+        UsageError: if the id is not in it.
     """
     before = parse_config(text, file=file)
     value = DISABLED if id_ is None else id_

@@ -80,12 +80,22 @@ class ConfigError(ExecenvError):
         file: its path; `None` for variables.
         line: the line of the file that is at fault; `None` if it is the file as a whole.
         key: the key at fault, such as `environments[0].url`, or the variable; `None` where there is none.
+        problem: what is wrong, without the place.
     """
 
     def __init__(
-        self, message: str, *, file: str | None = None, line: int | None = None, key: str | None = None
+        self,
+        problem: str,
+        *,
+        file: str | None = None,
+        line: int | None = None,
+        key: str | None = None,
+        verb: str = "",
     ) -> None:
-        super().__init__(message)
+        where = f"{file}, line {line}" if line else file
+        place = f"failed to {verb} environment config {where}: " if verb else f"{where}: " if file else ""
+        super().__init__(place + problem)
+        self.problem = problem
         self.file = file
         self.line = line
         self.key = key

@@ -1,4 +1,4 @@
-"""What says which environments there are: files and variables, and which of them rules (environments.md §3.3, 3.4).
+"""What says which environments there are: files and variables; and which rules (environments.md §3.3, 3.4).
 
 1. `$XDG_CONFIG_HOME/execenv/environments.toml`, if it exists,
 2. `EXECENV_URL`,
@@ -6,8 +6,8 @@
 4. `environments.toml` in `CODEX_HOME`, if it exists,
 5. `CODEX_EXEC_SERVER_URL`.
 
-The first that is there rules alone; what follows is not looked at. Without any there is only this machine. One
-that is there and cannot be used is an error: it is never passed over for the next.
+The first that is there rules alone; what follows is not looked at. Without any there is only this machine.
+One that is there and cannot be used is an error: it is never passed over for the next.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from abc import ABC, abstractmethod
 
 from attrs import frozen
 
-from execenv.config import DISABLED, LOCAL_ONLY, Snapshot, parse_config
-from execenv.errors import ConfigError
-from execenv.targets import WebsocketTarget
+from execenv.config import DISABLED, LOCAL, LOCAL_ONLY, Snapshot, parse_config
+from execenv.errors import ConfigError, UsageError
+from execenv.targets import LocalTarget, Target, WebsocketTarget
 
 FILE_NAME = "environments.toml"
 OUR_URL = "EXECENV_URL"
@@ -206,8 +206,7 @@ def read_text(path: str) -> str | None:
     """
 
     def failed(reason: str, line: int | None = None) -> ConfigError:
-        where = f"{path}, line {line}" if line else path
-        return ConfigError(f"failed to read environment config {where}: {reason}", file=path, line=line)
+        return ConfigError(reason, file=path, line=line, verb="read")
 
     try:
         # Without O_NONBLOCK a fifo would hold us up until somebody writes to it.
@@ -232,3 +231,42 @@ def read_text(path: str) -> str | None:
 
 def _are(names: list[str]) -> str:
     return "is" if len(names) == 1 else "are"
+
+
+# For the command line.
+
+
+def named_target(name: str) -> Target | None:
+    """The target of a configured environment; `None` if no such environment is in what rules.
+
+    Raises:
+        ConfigError: if that cannot be used.
+    """
+    return dict(load_snapshot().snapshot.environments).get(name)
+
+
+def known_names() -> tuple[str, ...]:
+    """The ids in what rules.
+
+    Raises:
+        ConfigError: if that cannot be used.
+    """
+    return load_snapshot().snapshot.ids
+
+
+def default_target() -> Target:
+    """What a command uses that is not told where: this machine, unless our file or variable has another.
+
+    Those of codex do not count here: whoever configured codex has said nothing of our commands.
+
+    Raises:
+        ConfigError: if that cannot be used.
+        UsageError: if there is to be no default.
+    """
+    loaded = first_of(our_providers())
+    if loaded is None:
+        return LocalTarget()
+    default = loaded.snapshot.default
+    if default is None:
+        raise UsageError(f"{loaded.source} says that there is no default environment: choose one with --env")
+    return LocalTarget() if default == LOCAL else dict(loaded.snapshot.environments)[default]

@@ -27,8 +27,8 @@ PUBLIC = """
     CapturedOutput CompletedProcess Environment captured_output
     EnvironmentPath
     Capabilities EnvironmentManager EnvironmentStatus open_manager
-    ConfigError ConnectFailed ConnectionLost EnvironmentUnavailable ExecenvError HttpFailed NotSupported OutputGap ProcessFailed
-    ProcessNotStarted ProtocolViolation RpcError UsageError
+    ConfigError ConnectFailed ConnectionLost EnvironmentUnavailable ExecenvError HttpFailed NotSupported
+    OutputGap ProcessFailed ProcessNotStarted ProtocolViolation RpcError UsageError
     BinaryFile TextFile
     FromVariable HttpResponse StreamedResponse
     open_environment
