@@ -366,12 +366,12 @@ async def test_alias_may_be_another_name_and_comes_first(configured: str, tmp_pa
 
 
 @pytest.mark.parametrize("args", [["run", "--env", "wbe", "true"], ["info", "--env", "wbe"]])
-async def test_word_that_is_no_name_and_no_program_is_refused_with_suggestions(
-    configured: str, args: list[str]
+def test_word_that_is_no_name_and_no_program_is_refused_with_suggestions(
+    here: Here, configured: str, args: list[str]
 ) -> None:
     words = ("'wbe' is no environment", "`local`, `web`, `cmd`", "did you mean `web`?")
-    await bad(*args, words=words, status=125 if args[0] == "run" else 1)
-    await bad("cat", "wbe:/a", words=("'wbe'", "execenv env add wbe"))
+    here.bad(*args, words=words, status=125 if args[0] == "run" else 1)
+    here.bad("cat", "wbe:/a", words=("'wbe'", "execenv env add wbe"))
 
 
 async def test_word_that_is_a_program_is_a_command_unless_it_is_configured(file: Path) -> None:
@@ -398,8 +398,8 @@ async def test_default_is_that_of_our_file_then_of_our_variable_and_never_codexs
 
 
 @pytest.mark.parametrize("way", ["variable", "file"])
-async def test_no_default_is_refused_and_does_not_run_here(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+def test_no_default_is_refused_and_does_not_run_here(
+    here: Here, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     if way == "variable":
         monkeypatch.setenv("EXECENV_URL", "none")
@@ -407,12 +407,10 @@ async def test_no_default_is_refused_and_does_not_run_here(
         write(file, 'default = "none"')
     source = "EXECENV_URL" if way == "variable" else str(file)
     words = (source, "no default environment", "--env")
-    await bad("run", "--", "touch", str(tmp_path / "made"), words=words, status=125)
+    here.bad("run", "--", "touch", str(tmp_path / "made"), words=words, status=125)
     assert not (tmp_path / "made").exists()
     for args in (["ls"], ["cat", "/a"], ["info"], ["http", "http://127.0.0.1:9/"]):
-        await bad(*args, words=words)
-    assert await good("ls", f"local:{tmp_path}/codex") == ""
-    assert await good("run", "--env", "local", "echo", "in") == "in\n"
+        here.bad(*args, words=words)
 
 
 async def test_token_of_our_variable_goes_with_our_url_and_to_no_configured_name(
