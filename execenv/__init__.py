@@ -62,6 +62,7 @@ if TYPE_CHECKING:
         WalkError,
         WalkResult,
     )
+    from execenv.status import Status, StatusChange, fail_fast
     from execenv.targets import CommandTarget, LocalTarget, WebsocketTarget
     from execenv.transfer import Progress, TransferReport
 
@@ -100,6 +101,7 @@ _WHERE = {
         "WalkError",
         "WalkResult",
     ),
+    "status": ("Status", "StatusChange", "fail_fast"),
     "targets": ("CommandTarget", "LocalTarget", "WebsocketTarget"),
     "transfer": ("Progress", "TransferReport"),
 }
@@ -148,6 +150,9 @@ __all__ = [  # noqa: RUF022 - in the order of _WHERE
     "WalkEntry",
     "WalkError",
     "WalkResult",
+    "Status",
+    "StatusChange",
+    "fail_fast",
     "CommandTarget",
     "LocalTarget",
     "WebsocketTarget",

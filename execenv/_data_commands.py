@@ -345,7 +345,7 @@ async def run_cat(locations: Sequence[Location], token: str | None) -> int:
 async def run_info(target: Target, token: str | None, *, as_json: bool) -> int:
     async with open_environments(token) as environments:
         environment = await environments.get(target)
-        info, state = await environment.info(), await environment.status()
+        info, state = await environment.info(), await environment.probe()
     fields: dict[str, Any] = {
         "environment": environment.name,
         "status": state,

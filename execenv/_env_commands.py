@@ -465,7 +465,7 @@ async def _look_at(environment: Environment, report: Report) -> None:
     with trio.fail_after(CHECK_TIMEOUT):
         info = await environment.info()
         began = trio.current_time()
-        await environment.status()
+        await environment.probe()
         report.answer_seconds = trio.current_time() - began
     report.version = info.executor_version
     report.shell = info.shell.path

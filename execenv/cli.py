@@ -189,8 +189,9 @@ def cli() -> None:
     "--detached-ttl",
     default="80",
     show_default=True,
-    metavar="SECONDS|never",
-    help="How long a session waits for its client to come back.",
+    metavar="TIME|running=TIME,exited=TIME",
+    help="How long a session waits for its client to come back: seconds, or 'never' for no end of it. "
+    "'running' is for a session with a process that runs, 'exited' from the last exit on.",
 )
 @click.option(
     "--max-message",
@@ -231,7 +232,7 @@ def serve(
     # Until Trio has its own handlers a signal ends us here; nothing was started yet.
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: os._exit(0))
-    ttl = _seconds(detached_ttl, "--detached-ttl")
+    ttl = _detached_ttl(detached_ttl)
     auth_options = {
         "token_file": ws_token_file,
         "token_sha256": ws_token_sha256,
@@ -257,13 +258,15 @@ def serve(
     bound = sock.getsockname()
     shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
     click.echo(f"ws://{shown}:{bound[1]}")
+    from execenv.server import DetachedTtl  # imports Trio
+
     _run_server(
         debug,
         "serve_websocket",
         sock,
         auth=auth,
         max_message=max_message,
-        detached_ttl=ttl,
+        detached_ttl=DetachedTtl(**ttl),
         retained_bytes=retain,
     )
 
@@ -292,16 +295,35 @@ def _authenticator(mode: str | None, options: dict[str, Any]) -> Authenticator |
         raise click.ClickException(str(error)) from error
 
 
-def _seconds(text: str, option: str) -> float:
-    if text == "never":
+def _detached_ttl(text: str) -> dict[str, float]:
+    """The arguments of `execenv.server.DetachedTtl`, which would import Trio."""
+    if "=" not in text:
+        return {"running": _seconds(text, text)}
+    times = {"running": 80.0, "exited": 80.0}
+    named = [part.strip().partition("=") for part in text.split(",")]
+    names = [name for name, _, _ in named]
+    if not times.keys() >= set(names) or len(set(names)) < len(names):
+        raise _bad_ttl(text)
+    return times | {name: _seconds(time, text) for name, _, time in named}
+
+
+def _seconds(time: str, text: str) -> float:
+    if time == "never":
         return math.inf
     try:
-        seconds = float(text)
+        seconds = float(time)
     except ValueError:
         seconds = -1.0
     if math.isnan(seconds) or seconds < 0:
-        raise click.ClickException(f"{option} takes a number of seconds or 'never', not {text!r}")
+        raise _bad_ttl(text)
     return seconds
+
+
+def _bad_ttl(text: str) -> click.ClickException:
+    return click.ClickException(
+        "--detached-ttl takes a number of seconds, 'never', or both kinds of session by name "
+        f"(running=never,exited=3600), not {text!r}"
+    )
 
 
 def _listen_address(listen: str) -> tuple[str, int]:

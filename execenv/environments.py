@@ -31,13 +31,11 @@ from execenv.errors import (
     ConnectFailed,
     EnvironmentUnavailable,
     ExecenvError,
-    ProtocolViolation,
-    RpcError,
-    SessionAttached,
     UsageError,
 )
 from execenv.open import open_environment
 from execenv.providers import load_snapshot
+from execenv.status import fail_fast
 from execenv.targets import CommandTarget, LocalTarget, Target, WebsocketTarget
 
 STATUS_TIMEOUT = 10.0  # environments.md §1.1
@@ -175,10 +173,11 @@ class EnvironmentManager:
     # Using them.
 
     async def get(self, id_: str) -> Environment | None:
-        """An environment, connected; `None` if it is not known.
+        """An environment; `None` if it is not known.
 
-        The first call connects, and all that come meanwhile wait for that one attempt. A websocket whose
-        connection is gone is connected to again, as a new session; a command that has ended stays ended.
+        The first call connects, and all that come meanwhile wait for that one attempt. Later calls give the
+        same environment, which makes a lost connection again when it is used; see `open_environment`. A
+        command that has ended stays ended.
 
         Raises:
             ConnectFailed: if that does not work. The next call tries again, unless the server has refused.
@@ -354,9 +353,8 @@ class _Entry:
         """Whether there is to be another attempt (environments.md §1.10)."""
         if not attempt.done.is_set():
             return False
-        if attempt.environment is None:
-            return attempt.error is None or _may_pass(attempt.error)
-        return not isinstance(self.target, CommandTarget) and _loss(attempt.environment) is not None
+        # One that was connected makes its connection again by itself, at its next use.
+        return attempt.environment is None and (attempt.error is None or _may_pass(attempt.error))
 
     async def _hold(self, attempt: _Attempt) -> None:
         try:
@@ -387,19 +385,13 @@ async def _open(target: Target) -> AsyncIterator[Environment]:
         yield environment
 
 
-def _loss(environment: Environment) -> str | None:
-    """Why its connection is gone; `None` while it is there."""
-    peer = getattr(environment._backend, "peer", None)
-    return str(peer.channel.lost()) if peer is not None and peer.channel.closed else None
-
-
 async def _probe(environment: Environment) -> EnvironmentStatus:
-    loss = _loss(environment)
-    if loss is not None:
-        return EnvironmentStatus("disconnected", loss)
+    seen = environment.status
+    if seen.state != "connected":
+        return EnvironmentStatus("disconnected", str(seen.error or f"it is {seen.state}"))
     try:
-        with trio.fail_after(STATUS_TIMEOUT):
-            answer = await environment.status()
+        with trio.fail_after(STATUS_TIMEOUT), fail_fast():  # or a lost connection would be made again
+            answer = await environment.probe()
     except trio.TooSlowError:
         return EnvironmentStatus("disconnected", f"no answer within {STATUS_TIMEOUT:g} s")
     except ExecenvError as error:
@@ -411,9 +403,7 @@ async def _probe(environment: Environment) -> EnvironmentStatus:
 
 def _may_pass(error: ExecenvError) -> bool:
     """Whether trying again may help: not if the server, or the system, has refused for good."""
-    cause = error.__cause__
-    refused = isinstance(cause, RpcError) and not isinstance(cause, SessionAttached)
-    return isinstance(error, ConnectFailed) and not refused and not isinstance(cause, ProtocolViolation)
+    return isinstance(error, ConnectFailed) and error.retryable
 
 
 def _checked(id_: str, target: str | Sequence[str] | Target) -> Target:

@@ -12,6 +12,8 @@ from execenv.errors import ConnectFailed
 
 CONNECT_TIMEOUT = 10.0  # environments.md §1.1
 INITIALIZE_TIMEOUT = 10.0
+RECOVERY = 45.0
+"""Seconds that a client tries to get its session back (real-client.md, "Cuts")."""
 MAX_TOKEN = 64 * 1024
 
 

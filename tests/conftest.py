@@ -16,6 +16,7 @@ from attrs import define
 from execenv import Environment, open_environment
 from execenv.providers import NOISE_VARIABLES
 from execenv.remote.connection import open_remote
+from execenv.remote.session import only
 from execenv.server import open_local_sessions
 from execenv.server.listen import serve_channel
 from execenv.transports.memory import MemoryChannel, memory_pair
@@ -107,7 +108,7 @@ async def open_memory() -> AsyncIterator[tuple[Environment, MemoryChannel]]:
     async with open_local_sessions() as sessions, trio.open_nursery() as nursery:
         ours, theirs = memory_pair()
         nursery.start_soon(serve_channel, theirs, sessions)
-        async with open_remote(ours) as remote:
+        async with open_remote(only(ours), "memory") as remote:
             yield Environment(remote), ours
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -30,12 +31,12 @@ from execenv import (
     UsageError,
     WebsocketTarget,
     environments,
+    fail_fast,
     open_manager,
 )
 from execenv.config import LOCAL_ONLY
-from execenv.errors import InvalidRequest, SessionAttached
 from execenv.targets import Target
-from tests.conftest import SERVE, WebsocketServer, open_memory, time_limit
+from tests.conftest import SERVE, WebsocketServer, run_websocket_server, time_limit
 from tests.fakes import FakeEnvironment, Watched
 
 TIME_LIMIT = 30.0
@@ -54,19 +55,17 @@ def remote_default(target: Target, *, with_local: bool = True) -> Snapshot:
 
 
 class Fake(FakeEnvironment):
-    """An environment whose connection can be lost, and that may keep silent.
+    """An environment that may keep silent.
 
     Attributes:
-        loss: why its connection is gone.
-        answer: what it says to `status`; `None` for nothing at all.
+        answer: what it says to `probe`; `None` for nothing at all.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.loss: str | None = None
         self.answer: str | None = "ready"
 
-    async def status(self) -> str:
+    async def probe(self) -> str:
         if self.answer is None:
             await trio.sleep_forever()
         assert self.answer is not None
@@ -110,17 +109,14 @@ def opener(monkeypatch: pytest.MonkeyPatch) -> Opener:
     opener = Opener()
     opener.may_open.set()
     monkeypatch.setattr(environments, "_open", opener.open)
-    monkeypatch.setattr(
-        environments, "_loss", lambda environment: getattr(environment._backend, "loss", None)
-    )
     return opener
 
 
-def refused(*, code: bool = True) -> ConnectFailed:
-    """What a server has refused for good; or, without its code, what may be better the next time."""
-    error = ConnectFailed("it rejected initialize" if code else "connection refused")
-    error.__cause__ = InvalidRequest("no") if code else OSError("refused")
-    return error
+def refused(*, for_good: bool = True) -> ConnectFailed:
+    """What a server has refused; or what may be better the next time."""
+    return ConnectFailed(
+        "it rejected initialize" if for_good else "connection refused", retryable=not for_good
+    )
 
 
 # Which there are.
@@ -246,7 +242,7 @@ async def test_broken_configuration_opens_nothing(
 async def test_default_that_cannot_be_reached_is_an_error_and_not_this_machine(
     opener: Opener, target: Target
 ) -> None:
-    opener.failures += [refused(code=False)] * 9
+    opener.failures += [refused(for_good=False)] * 9
     async with open_manager(remote_default(target)) as manager:
         for use in (manager.require, manager.default_environment, lambda: manager.get("remote")):
             with pytest.raises(ConnectFailed, match="environment `remote`: connection refused"):
@@ -337,7 +333,7 @@ async def test_concurrent_first_uses_share_one_connection(
 
 
 async def test_failed_attempt_is_remembered_and_the_next_use_tries_again(opener: Opener) -> None:
-    opener.failures += [refused(code=False), None]
+    opener.failures += [refused(for_good=False), None]
     async with open_manager(remote_default(WEB)) as manager:
         await wait_all_tasks_blocked()
         for _ in range(2):
@@ -349,7 +345,7 @@ async def test_failed_attempt_is_remembered_and_the_next_use_tries_again(opener:
 
 
 async def test_status_is_disconnected_while_another_attempt_is_on_its_way(opener: Opener) -> None:
-    opener.failures += [refused(code=False), refused(code=False)]
+    opener.failures += [refused(for_good=False), refused(for_good=False)]
     async with open_manager(remote_default(WEB)) as manager, trio.open_nursery() as nursery:
         await wait_all_tasks_blocked()
         opener.may_open = trio.Event()
@@ -375,46 +371,19 @@ async def test_refusal_for_good_is_reported_again_without_another_attempt(opener
         assert await manager.require()
 
 
-async def test_session_that_is_attached_elsewhere_may_be_free_the_next_time(opener: Opener) -> None:
-    busy = ConnectFailed("already attached")
-    busy.__cause__ = SessionAttached("already attached")
-    opener.failures += [busy]
-    async with open_manager(remote_default(COMMAND)) as manager:
-        await _fails(manager.require)
-        assert await manager.require()
-
-
-async def test_lost_websocket_is_connected_to_again_once_for_all_who_ask(opener: Opener) -> None:
-    found: list[Environment] = []
-
-    async def use() -> None:
-        found.append(await manager.require())
-
+@pytest.mark.parametrize("state", ["recovering", "failed", "connecting"])
+async def test_lost_connection_is_told_and_left_to_the_environment(opener: Opener, state: Any) -> None:
     async with open_manager(remote_default(WEB)) as manager:
         first = await manager.require()
-        assert await manager.require() is first
-        opener.fakes[0].loss = "exec-server transport disconnected"
+        loss = None if state == "connecting" else ConnectionLost("exec-server transport disconnected")
+        opener.fakes[0].status.set(state, loss)
         for _ in range(2):
-            gone = EnvironmentStatus("disconnected", "exec-server transport disconnected")
+            gone = EnvironmentStatus("disconnected", str(loss or "it is connecting"))
             assert await manager.status("remote") == gone
-        assert len(opener.targets) == 1
-        async with trio.open_nursery() as nursery:
-            for _ in range(3):
-                nursery.start_soon(use)
-        assert len(set(map(id, found))) == 1
-        assert found[0] is not first
-        assert len(opener.targets) == 2
-        assert opener.fakes[0].closed
-        assert not opener.fakes[1].closed
-
-
-async def test_command_that_ended_stays_ended(opener: Opener) -> None:
-    async with open_manager(remote_default(COMMAND)) as manager:
-        first = await manager.require()
-        opener.fakes[0].loss = "ended"
         assert await manager.require() is first
-        assert await manager.status("remote") == EnvironmentStatus("disconnected", "ended")
-    assert opener.targets == [COMMAND]
+        opener.fakes[0].status.set("connected")
+        assert await manager.status("remote") == READY
+    assert opener.targets == [WEB]
 
 
 async def test_status_waits_no_longer_than_10_s_for_an_answer(
@@ -640,23 +609,16 @@ async def test_removal_ends_the_command_and_what_runs_there(watched: Watched) ->
             await environment.run(["true"])
 
 
-async def test_connection_that_was_cut_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuts: list[Callable[[], None]] = []
-
-    @asynccontextmanager
-    async def open_cuttable(target: Target) -> AsyncIterator[Environment]:
-        async with open_memory() as (environment, channel):
-            cuts.append(channel.close_nowait)
-            yield environment
-
-    monkeypatch.setattr(environments, "_open", open_cuttable)
-    async with time_limit(), open_manager(remote_default(WEB)) as manager:
-        first = await manager.require()
-        cuts[0]()
-        assert (await manager.status("remote")).state == "disconnected"
-        with pytest.raises(ConnectionLost):
-            await first.run(["true"])
-        second = await manager.require()
-        assert (await second.run(["echo", "again"])).stdout == b"again\n"
-        assert second.session_id != first.session_id
-        assert await manager.status("remote") == READY
+async def test_server_that_is_gone_is_an_error_and_nothing_runs_here() -> None:
+    with run_websocket_server() as server:
+        target = WebsocketTarget(server.url)
+        async with time_limit(), open_manager(remote_default(target)) as manager:
+            environment = await manager.require()
+            server.process.kill()
+            async for change in environment.status:
+                if change.state != "connected":
+                    break
+            assert (await manager.status("remote")).state == "disconnected"
+            with fail_fast(), pytest.raises(ConnectionLost):
+                await environment.run(["true"])
+            assert await manager.require() is environment

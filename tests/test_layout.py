@@ -35,6 +35,7 @@ PUBLIC = """
     PathUri
     Process
     DirectoryEntry EnvPolicy EnvironmentInfo FileMetadata WalkEntry WalkError WalkResult
+    Status StatusChange fail_fast
     CommandTarget LocalTarget WebsocketTarget
     Progress TransferReport
 """
@@ -51,6 +52,7 @@ LAYERS = (
         "paths",
         "protocol",
         "sandbox",
+        "status",
         "targets",
     },
     {"rpc", "transports"},
@@ -77,8 +79,9 @@ LAYERS = (
         "providers",
         "transfer",
     },
+    {"testing"},
 )
-"""Values, pumps, capabilities, assembly: each may import its own layer and those before it."""
+"""Values, pumps, capabilities, assembly, tools for tests: each may import its own and those before it."""
 
 HEAVY = ("attr", "attrs", "cattrs", "h11", "httpcore2", "orjson", "trio", "trio_websocket", "websockets")
 
