@@ -8,6 +8,7 @@ The tree says whose fault an error is:
 * `HttpFailed`: the environment answered, but the server that it was to ask did not, or not well.
 * `OutputGap`: output was lost for good; what follows it is still delivered.
 * `UsageError`: the call itself was wrong; its message shows the right one.
+* `ConfigError`: a file or a variable that says which environments there are is wrong.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
     from execenv.paths import PathUri
 
 __all__ = [
+    "ConfigError",
     "ConnectFailed",
     "ConnectionLost",
+    "EnvironmentUnavailable",
     "ExecenvError",
     "HttpFailed",
     "InternalError",
@@ -68,6 +71,48 @@ class UsageError(ExecenvError):
     """The call was wrong: two tasks read one stream, an argument does not fit. Nothing was done."""
 
     outcome = "not sent"
+
+
+class EnvironmentUnavailable(UsageError):
+    """No such environment is known, or there is none by default. Nothing ran, here or elsewhere.
+
+    Attributes:
+        environment_id: the one that was asked for; `None` for the default.
+    """
+
+    def __init__(self, message: str, environment_id: str | None = None) -> None:
+        super().__init__(message)
+        self.environment_id = environment_id
+
+
+class ConfigError(ExecenvError):
+    """What says which environments there are, a file or a variable, cannot be used as it is.
+
+    The text says what is wrong with it, where, and what to write instead. It never holds a token.
+
+    Attributes:
+        file: its path; `None` for variables.
+        line: the line of the file that is at fault; `None` if it is the file as a whole.
+        key: the key at fault, such as `environments[0].url`, or the variable; `None` where there is none.
+        problem: what is wrong, without the place.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        file: str | None = None,
+        line: int | None = None,
+        key: str | None = None,
+        verb: str = "",
+    ) -> None:
+        where = f"{file}, line {line}" if line else file
+        place = f"failed to {verb} environment config {where}: " if verb else f"{where}: " if file else ""
+        super().__init__(place + problem)
+        self.problem = problem
+        self.file = file
+        self.line = line
+        self.key = key
 
 
 class NotSupported(ExecenvError):

@@ -115,7 +115,7 @@ def _target(
 async def _dial(target: WebsocketTarget) -> AsyncIterator[Channel]:
     from execenv.transports import websocket
 
-    token = target.bearer_token
+    token = target.read_token()
     headers = [(b"Authorization", b"Bearer " + token.encode())] if token else []
     try:
         with trio.fail_after(target.connect_timeout):

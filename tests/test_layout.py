@@ -23,10 +23,12 @@ README = (ROOT / "README.md").read_text()
 PUBLIC = """
     __version__
     KillReceipt Output Survivor
+    Snapshot
     CapturedOutput CompletedProcess Environment captured_output
     EnvironmentPath
-    ConnectFailed ConnectionLost ExecenvError HttpFailed NotSupported OutputGap ProcessFailed
-    ProcessNotStarted ProtocolViolation RpcError UsageError
+    Capabilities EnvironmentManager EnvironmentStatus open_manager
+    ConfigError ConnectFailed ConnectionLost EnvironmentUnavailable ExecenvError HttpFailed NotSupported
+    OutputGap ProcessFailed ProcessNotStarted ProtocolViolation RpcError UsageError
     BinaryFile TextFile
     FromVariable HttpResponse StreamedResponse
     open_environment
@@ -39,7 +41,20 @@ PUBLIC = """
 """
 
 LAYERS = (
-    {"_service", "_version", "abc", "codec", "errors", "paths", "protocol", "sandbox", "status", "targets"},
+    {
+        "_service",
+        "_toml_lines",
+        "_version",
+        "abc",
+        "codec",
+        "config",
+        "errors",
+        "paths",
+        "protocol",
+        "sandbox",
+        "status",
+        "targets",
+    },
     {"rpc", "transports"},
     {"local", "remote", "server"},
     {
@@ -47,18 +62,21 @@ LAYERS = (
         "__main__",
         "_command",
         "_data_commands",
+        "_env_commands",
         "_locations",
         "_run_command",
         "_standard_streams",
         "cli",
         "environment",
         "environment_path",
+        "environments",
         "file",
         "files",
         "http",
         "integrations",
         "open",
         "process",
+        "providers",
         "transfer",
     },
     {"testing"},
