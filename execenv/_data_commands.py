@@ -37,7 +37,7 @@ class Environments:
     _open: dict[str, Environment]
 
     async def get(self, target: Target) -> Environment:
-        key = target if isinstance(target, str) else json.dumps(target)
+        key = target if isinstance(target, str) else repr(target)
         if key not in self._open:
             token = self._token if isinstance(target, str) and target != "local" else None
             opening = open_environment(target, bearer_token=token)

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from attrs import frozen
 
 from execenv.errors import UsageError
+from execenv.targets import CommandTarget
 
 # A number behind the host is its port (possessive: never a path), unless it is only how a name begins.
 _URL = re.compile(r"(wss?://(?:\[[^\]]+\]|[^/:\[]+)(?::[0-9]+(?=[:/]|\Z))?+(?:/[^:]*)?):(.*)", re.DOTALL)
 _NAME = re.compile(r"([^/:]+):(.*)", re.DOTALL)
 
-Target = str | list[str]
+Target = str | list[str] | CommandTarget
 
 
 @frozen

@@ -7,12 +7,13 @@ import signal
 import sys
 import termios
 import tty
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 
 import trio
 from attrs import frozen
 
+from execenv._locations import Target
 from execenv._service import open_nursery
 from execenv._standard_streams import pieces, write
 from execenv.environment import Environment
@@ -27,7 +28,7 @@ NOT_FOUND, NOT_EXECUTABLE = 127, 126
 class Job:
     """What the command line asked for."""
 
-    target: str | Sequence[str]
+    target: Target
     token: str | None
     argv: tuple[str, ...]
     tty: bool

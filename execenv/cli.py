@@ -19,7 +19,7 @@ import click
 from execenv._version import __version__
 
 if TYPE_CHECKING:
-    from execenv._locations import Location
+    from execenv._locations import Location, Target
     from execenv.server.auth import Authenticator
 
 OUR_FAILURE = 125  # as env, docker run and timeout have it: the command itself never ran
@@ -30,6 +30,7 @@ Examples:
   execenv run -- make test
   execenv run --env ws://127.0.0.1:8765 --cwd /src -- pytest -x
   execenv run --env "ssh devbox execenv serve --listen stdio" --tty -- bash
+  execenv run --env "docker exec -i box" --bootstrap -- uname -a
 """
 
 EPILOG_CP = """
@@ -113,6 +114,12 @@ _env_option = click.option(
     show_default=True,
     metavar="TARGET",
     help="Where: 'local', a ws:// or wss:// URL, or a command that speaks the protocol over stdio.",
+)
+_bootstrap_option = click.option(
+    "--bootstrap",
+    is_flag=True,
+    help="The command of TARGET runs what is appended to it at another side: bring execenv there first. "
+    "That needs a sh and a Python >= 3.11.",
 )
 _token_option = click.option(
     "--token-file", metavar="PATH", help="The file that holds the bearer token of the URL."
@@ -325,6 +332,7 @@ def _bound_socket(host: str, port: int) -> socket.socket:
     epilog=EPILOG_RUN, context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False}
 )
 @_env_option
+@_bootstrap_option
 @_token_option
 @click.option("-t", "--tty", is_flag=True, help="Run it on a terminal, as an interactive program needs it.")
 @click.option("--cwd", metavar="DIR", help="The directory to run in, as the environment names it.")
@@ -340,6 +348,7 @@ def _bound_socket(host: str, port: int) -> socket.socket:
 @click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
     target: str,
+    bootstrap: bool,
     token_file: str | None,
     tty: bool,
     cwd: str | None,
@@ -354,7 +363,7 @@ def run(
     """
     from execenv import _run_command
 
-    where, token = _target(target), _token(token_file)
+    where, token = _target(target, bootstrap), _token(token_file)
     job = _run_command.Job(
         target=where,
         token=None if where == "local" else token,
@@ -371,6 +380,7 @@ def run(
 @click.option("--atomic", is_flag=True, help="Bring each file to the disk before it gets its name.")
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 @_alias_option
+@_bootstrap_option
 @_token_option
 @_json_option
 @_debug_option
@@ -383,6 +393,7 @@ def cp(
     atomic: bool,
     quiet: bool,
     aliases: tuple[str, ...],
+    bootstrap: bool,
     token_file: str | None,
     as_json: bool,
     debug: bool,
@@ -395,8 +406,8 @@ def cp(
     from execenv import _data_commands
 
     job = _data_commands.CopyJob(
-        sources=_locations(sources, aliases),
-        destination=_locations((destination,), aliases)[0],
+        sources=_locations(sources, aliases, bootstrap=bootstrap),
+        destination=_locations((destination,), aliases, bootstrap=bootstrap)[0],
         token=_token(token_file),
         recursive=recursive,
         atomic=atomic,
@@ -409,6 +420,7 @@ def cp(
 @cli.command()
 @click.option("-l", "--long", is_flag=True, help="Show permissions, size and time of the last change.")
 @_env_option
+@_bootstrap_option
 @_alias_option
 @_token_option
 @_json_option
@@ -418,6 +430,7 @@ def ls(
     paths: tuple[str, ...],
     long: bool,
     target: str,
+    bootstrap: bool,
     aliases: tuple[str, ...],
     token_file: str | None,
     as_json: bool,
@@ -426,43 +439,56 @@ def ls(
     """List directories of an environment. A PATH may name its own environment, as for cp."""
     from execenv import _data_commands
 
-    locations = _locations(paths or ("",), aliases, target)
+    locations = _locations(paths or ("",), aliases, target, bootstrap=bootstrap)
     job = _data_commands.ListJob(locations, _token(token_file), long, as_json)
     _exit_with(debug, _data_commands.run_list, job)
 
 
 @cli.command()
 @_env_option
+@_bootstrap_option
 @_alias_option
 @_token_option
 @_debug_option
 @click.argument("paths", nargs=-1, required=True)
 def cat(
-    paths: tuple[str, ...], target: str, aliases: tuple[str, ...], token_file: str | None, debug: bool
+    paths: tuple[str, ...],
+    target: str,
+    bootstrap: bool,
+    aliases: tuple[str, ...],
+    token_file: str | None,
+    debug: bool,
 ) -> None:
     """Write the content of files to stdout. A PATH may name its own environment, as for cp."""
     from execenv import _data_commands
 
-    _exit_with(debug, _data_commands.run_cat, _locations(paths, aliases, target), _token(token_file))
+    _exit_with(
+        debug,
+        _data_commands.run_cat,
+        _locations(paths, aliases, target, bootstrap=bootstrap),
+        _token(token_file),
+    )
 
 
 @cli.command()
 @_env_option
+@_bootstrap_option
 @_token_option
 @_json_option
 @_debug_option
-def info(target: str, token_file: str | None, as_json: bool, debug: bool) -> None:
+def info(target: str, bootstrap: bool, token_file: str | None, as_json: bool, debug: bool) -> None:
     """Show what an environment says of itself."""
     from functools import partial
 
     from execenv import _data_commands
 
     run_info = partial(_data_commands.run_info, as_json=as_json)
-    _exit_with(debug, run_info, _target(target), _token(token_file))
+    _exit_with(debug, run_info, _target(target, bootstrap), _token(token_file))
 
 
 @cli.command(epilog=EPILOG_HTTP)
 @_env_option
+@_bootstrap_option
 @_token_option
 @click.option("-X", "--method", metavar="METHOD", help="GET, or POST where there is a body, if not given.")
 @click.option("-H", "--header", "headers", multiple=True, metavar="'NAME: VALUE'", help="Add a header.")
@@ -484,6 +510,7 @@ def info(target: str, token_file: str | None, as_json: bool, debug: bool) -> Non
 def http(
     url: str,
     target: str,
+    bootstrap: bool,
     token_file: str | None,
     method: str | None,
     headers: tuple[str, ...],
@@ -502,7 +529,7 @@ def http(
     pairs = [_data_commands.header(text) for text in headers]
     pairs += [_data_commands.header(text, from_variable=True) for text in secret_headers]
     job = _data_commands.HttpJob(
-        target=_target(target),
+        target=_target(target, bootstrap),
         token=_token(token_file),
         method=method or ("GET" if data is None else "POST"),
         url=url,
@@ -553,25 +580,41 @@ def _file(path: str, named: str = "") -> bytes:
         raise click.ClickException(f"cannot read {named}{path}: {error.strerror}") from error
 
 
-def _locations(texts: Sequence[str], aliases: Sequence[str], default: str = "local") -> list[Location]:
-    from execenv._locations import parse_alias, parse_location
+def _locations(
+    texts: Sequence[str], aliases: Sequence[str], default: str = "local", *, bootstrap: bool
+) -> list[Location]:
+    from execenv._locations import parse_alias, parse_location, parse_target
     from execenv.errors import UsageError
 
     try:
-        known = dict(map(parse_alias, aliases))
-        return [parse_location(text, known, _target(default)) for text in texts]
+        known = {name: _brought(target, bootstrap) for name, target in map(parse_alias, aliases)}
+        elsewhere = _brought(parse_target(default), bootstrap)
+        return [parse_location(text, known, elsewhere) for text in texts]
     except UsageError as error:
         raise click.ClickException(str(error)) from error
 
 
-def _target(text: str) -> str | list[str]:
+def _target(text: str, bootstrap: bool) -> Target:
     from execenv._locations import parse_target
     from execenv.errors import UsageError
 
     try:
-        return parse_target(text)
+        target = _brought(parse_target(text), bootstrap)
     except UsageError as error:
         raise click.ClickException(str(error)) from error
+    if bootstrap and isinstance(target, str):
+        raise click.ClickException(
+            f"--bootstrap is for a command, such as 'ssh devbox', and not for {text!r}"
+        )
+    return target
+
+
+def _brought(target: Target, bootstrap: bool) -> Target:
+    if bootstrap and isinstance(target, list):
+        from execenv.targets import CommandTarget
+
+        return CommandTarget(tuple(target), bootstrap=True)
+    return target
 
 
 def _token(path: str | None) -> str | None:

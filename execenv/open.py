@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 import trio
@@ -37,7 +37,8 @@ async def open_environment(
     Args:
         target: `"local"`, this machine; a `ws://` or `wss://` URL; a command that speaks the protocol
             over its stdin and stdout, as a list: `["ssh", "devbox", "execenv serve --listen stdio"]`; or one
-            of the classes of `execenv.targets`, which hold their own token and timeouts.
+            of the classes of `execenv.targets`, which hold their own token and timeouts:
+            `CommandTarget(("ssh", "devbox"), bootstrap=True)` needs no execenv there.
         bearer_token: for a websocket server that wants one. Never put it into the URL.
         resume_session_id: a session (`Environment.session_id`) of this server to go on with; what was
             started there detached is found again by `Environment.attach`.
@@ -67,12 +68,18 @@ async def open_environment(
         return
     from execenv._command import open_command
 
+    bootstrap_timeout = where.initialize_timeout if where.bootstrap else None
     async with (
-        open_command(where.argv, env=where.env, cwd=where.cwd) as pipe,
-        open_remote(
-            pipe, resume_session_id=resume_session_id, initialize_timeout=where.initialize_timeout
-        ) as remote,
+        open_command(where.argv, env=where.env, cwd=where.cwd, bootstrap_timeout=bootstrap_timeout) as pipe,
+        AsyncExitStack() as stack,
     ):
+        remote_opening = open_remote(
+            pipe, resume_session_id=resume_session_id, initialize_timeout=where.initialize_timeout
+        )
+        try:
+            remote = await stack.enter_async_context(remote_opening)
+        except ConnectFailed as error:
+            raise await pipe.explained(error) from error
         yield Environment(remote)
 
 

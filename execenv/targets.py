@@ -41,12 +41,16 @@ class CommandTarget:
         env: laid over this process's environment.
         cwd: where it runs; this process's own directory if `None`.
         initialize_timeout: seconds for it to start and shake hands.
+        bootstrap: the command runs what is appended to it at some other side, and no execenv is needed there:
+            `("ssh", "devbox")`, `("docker", "exec", "-i", "box")`. A `sh` and a Python >= 3.11 are; the
+            server is sent to a cache there at the first connect.
     """
 
     argv: tuple[str, ...]
     env: Mapping[str, str] = field(factory=dict, repr=False)
     cwd: str | None = None
     initialize_timeout: float = INITIALIZE_TIMEOUT
+    bootstrap: bool = False
 
 
 Target: TypeAlias = LocalTarget | WebsocketTarget | CommandTarget

@@ -38,14 +38,29 @@ PUBLIC = """
 """
 
 LAYERS = (
-    {"_service", "_version", "abc", "codec", "errors", "paths", "protocol", "sandbox", "targets"},
+    {
+        "_pure_base64",
+        "_pure_json",
+        "_service",
+        "_version",
+        "abc",
+        "codec",
+        "errors",
+        "paths",
+        "protocol",
+        "sandbox",
+        "targets",
+    },
     {"rpc", "transports"},
     {"local", "remote", "server"},
     {
         "__init__",
         "__main__",
+        "_bootstrap",
+        "_bootstrapped",
         "_command",
         "_data_commands",
+        "_first_stage",
         "_locations",
         "_run_command",
         "_standard_streams",
