@@ -54,14 +54,16 @@ MODULES = (
 _LEFT_OUT = {"__pycache__", "_tests", "tests", "testing", "mypy_stubs"}
 
 # Each is run once, for its version: what `command -v` finds may still not run, as the shims of pyenv.
-_PYTHONS = (
-    "python3 python3.14 python3.13 python3.12 python3.11 python"
-    ' "$HOME"/.local/bin/python3.1[1-9] "$HOME"/.local/share/uv/python/cpython-3.1[1-9]*/bin/python3'
+_NAMES = "python3 python3.14 python3.13 python3.12 python3.11 python"
+_ELSEWHERE = (  # what a shell that nobody logged in to does not have on its PATH
+    '"$HOME"/.local/bin/python3.1[1-9] "$HOME"/.local/share/uv/python/cpython-3.1[1-9]*/bin/python3'
     " /usr/local/bin/python3 /opt/homebrew/bin/python3"
 )
 _VERSION = 'import sys; print(".".join(map(str, sys.version_info[:3]))); sys.exit(sys.version_info < (3, 11))'
 
+# In braces: a shell reads all of a command before it runs it, and may leave in the pipe what is behind that.
 _SCRIPT = """\
+{{
 if [ -t 0 ]; then echo; echo "execenv-bootstrap terminal"; exit 1; fi
 found=
 for python in {pythons}; do
@@ -71,6 +73,7 @@ found="$found${{found:+, }}$python ${{version:-that does not run}}"
 done
 echo; echo "execenv-bootstrap no-python $found"
 exit 127
+}}
 """
 
 
@@ -133,7 +136,10 @@ def script(wanted: str) -> str:
     """What `sh` is given: the server whose hash is wanted, please."""
     program = _content(os.path.join(os.path.dirname(__file__), "_first_stage.py")).decode()
     return _SCRIPT.format(
-        pythons=_PYTHONS, version=shlex.quote(_VERSION), program=shlex.quote(program), wanted=wanted
+        pythons=f"{_NAMES} {_ELSEWHERE}",
+        version=shlex.quote(_VERSION),
+        program=shlex.quote(program),
+        wanted=wanted,
     )
 
 
@@ -214,7 +220,7 @@ class _Talk:
             line = await self._line()
             words = line.split(" ", 2)
             if words[0] != "execenv-bootstrap" or len(words) == 1:
-                if line.strip():
+                if line:
                     self._noise.append(line)
                 del self._noise[:-20]
                 continue
@@ -247,7 +253,7 @@ class _Talk:
                 what = "it ended before" if not piece else "too much was printed before"
                 raise ConnectFailed(f"{self.label}: {what} a server was started at the other side")
         line, _, self.received = self.received.partition(b"\n")
-        return line.decode(errors="replace").rstrip("\r")
+        return line.decode(errors="replace").strip()
 
 
 def _found(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections import deque
@@ -57,7 +58,7 @@ class CommandChannel(PipeChannel):
         ]
         if said:
             text += f"{' and' if status is not None else ';'} said: {' / '.join(said[-SHOWN_LINES:])}"
-        elif status == 0 and not self.loss:
+        elif status == 0 and (not self.loss or os.strerror(errno.EPIPE) in self.loss):
             text += " and without a word: was its stdin closed? docker exec and kubectl exec need -i"
         elif status == 127:
             text += ": a program was not found at the other side" + (" (sh)" if bootstrap else "")

@@ -35,7 +35,7 @@ def receive() -> bytes:
     """The archive: its length, a line end, and that many bytes."""
     digits = b""
     while not digits.endswith(b"\n"):
-        digits += _read(1)
+        digits = (digits + _read(1)).lstrip()  # a shell may leave the last line end of its script
         if len(digits) > 20:
             raise _Refused("what was received has no length")
     left = int(digits)
@@ -95,8 +95,8 @@ def places() -> Iterator[str]:
 def check_private(place: str) -> None:
     """Nobody else may write what we are about to run."""
     found = os.lstat(place)
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise PermissionError(f"{place} is no directory that only this user can enter")
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise PermissionError(f"{place} is no directory that only this user can change")
 
 
 def is_intact(directory: str, wanted: str) -> bool:
@@ -104,7 +104,8 @@ def is_intact(directory: str, wanted: str) -> bool:
     whole = sha256()
     try:
         for name in sorted(_names(directory, "")):
-            fd = os.open(os.path.join(directory, name), os.O_RDONLY | os.O_NOFOLLOW)
+            # Whatever was put there in the place of a file, it is not followed and not waited for.
+            fd = os.open(os.path.join(directory, name), os.O_NOFOLLOW | os.O_NONBLOCK)
             with open(fd, "rb") as file:
                 data = file.read()
             whole.update(f"{len(data)} {name}\n".encode() + data)
