@@ -13,8 +13,10 @@ import os
 import shlex
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from logging import getLogger
 
@@ -29,7 +31,7 @@ logger = getLogger(__name__)
 
 SHELL = "sh"
 PROGRESS_TIMEOUT = 30.0
-"""Seconds without a word from the other side while it receives and unpacks the server."""
+"""Seconds without a word from the other side while it receives, unpacks and imports the server."""
 MAX_NOISE = 64 * 1024
 """Bytes that logging in may print (a banner of a shell's start file) before the first line that is ours."""
 
@@ -91,17 +93,17 @@ class Archive:
     digest: str
 
     def compressed(self) -> bytes:
-        return zlib.compress(self.data, 9)
+        return zlib.compress(self.data)
 
 
 @cache
 def archive() -> Archive:
-    """The server as it is installed here: the Python files of `MODULES`.
+    """The server as it is installed here: the Python files of `MODULES`, and their versions.
 
     Raises:
         ConnectFailed: if this installation has no files, because it is inside a zip, for example.
     """
-    files = dict(pair for module in MODULES for pair in _files(module))
+    files = dict(pair for module in MODULES for pair in (*_files(module), *_metadata(module)))
     data = b"".join(b"%d %s\n%s" % (len(files[name]), name.encode(), files[name]) for name in sorted(files))
     return Archive(data, sha256(data).hexdigest())
 
@@ -127,6 +129,16 @@ def _files(module: str) -> Iterator[tuple[str, bytes]]:
         raise ConnectFailed(f"the server cannot be shipped: {module}: {error}") from error
 
 
+def _metadata(module: str) -> Iterator[tuple[str, bytes]]:
+    """As much as `importlib.metadata.version` wants: httpcore2 asks for its own."""
+    with suppress(PackageNotFoundError):
+        number = version(module)
+        yield (
+            f"{module}-{number}.dist-info/METADATA",
+            f"Metadata-Version: 2.1\nName: {module}\nVersion: {number}\n".encode(),
+        )
+
+
 def _content(path: str) -> bytes:
     with open(path, "rb") as file:
         return file.read()
@@ -148,8 +160,8 @@ async def start_server(label: str, read_fd: int, write_fd: int, *, timeout: floa
 
     Args:
         label: what the command is called in errors.
-        timeout: seconds for the first word from a Python there. Sending the server has no limit but
-            `PROGRESS_TIMEOUT`.
+        timeout: seconds for the first word from a Python there. What follows, a look at its cache and sending
+            the server, has no limit but `PROGRESS_TIMEOUT`.
         noise: gets the lines that came before that word and are not ours.
 
     Raises:
@@ -165,6 +177,8 @@ async def start_server(label: str, read_fd: int, write_fd: int, *, timeout: floa
         raise ConnectFailed(
             f"{label}: neither a shell nor a Python answered there within {timeout:g} s"
         ) from error
+    if kind == "hello":
+        kind = await _in_time(talk)
     if kind == "need":
         data = await trio.to_thread.run_sync(shipped.compressed)
         logger.info("%s: sending the server, %d bytes", label, len(data))
@@ -184,7 +198,7 @@ async def _in_time(talk: _Talk) -> str:
             return await talk.next_kind()
     except trio.TooSlowError as error:
         raise ConnectFailed(
-            f"{talk.label}: no progress in receiving the server for {PROGRESS_TIMEOUT:g} s"
+            f"{talk.label}: silent for {PROGRESS_TIMEOUT:g} s while the server was brought to its other side"
         ) from error
 
 

@@ -200,6 +200,7 @@ def load(wanted: str) -> Callable[[], None]:
 
 
 def main(wanted: str) -> None:
+    say("hello")
     try:
         serve = load(wanted)
     except _Refused as refused:

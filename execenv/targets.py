@@ -43,7 +43,8 @@ class CommandTarget:
         initialize_timeout: seconds for it to start and shake hands.
         bootstrap: the command runs what is appended to it at some other side, and no execenv is needed there:
             `("ssh", "devbox")`, `("docker", "exec", "-i", "box")`. A `sh` and a Python >= 3.11 are; the
-            server is sent to a cache there at the first connect.
+            server is sent to a cache there at the first connect, for which there is no time limit as long as
+            it gets on. The other side has to know of its stdin and stdout only: no terminal.
     """
 
     argv: tuple[str, ...]

@@ -22,6 +22,8 @@ from packaging.requirements import Requirement
 from execenv import CommandTarget, ConnectFailed, open_environment
 from execenv import _bootstrap as bootstrap
 from execenv import _first_stage as first_stage
+from execenv.protocol import EnvironmentConfigReadParams
+from tests.conftest import WebsocketServer
 from tests.other_side import REAL_PYTHON, Box, make_box
 
 TIME_LIMIT = 30.0
@@ -72,9 +74,10 @@ def test_archive_holds_python_files_of_what_the_server_imports_and_nothing_else(
     shipped = bootstrap.archive()
     files = first_stage.unpack(shipped.compressed(), shipped.digest)
     assert list(files) == sorted(files)
-    assert all(name.endswith(".py") for name in files)
-    assert {name.partition("/")[0].removesuffix(".py") for name in files} == set(bootstrap.MODULES)
-    assert not [name for name in files if "test" in name]
+    code = [name for name in files if not name.endswith(".dist-info/METADATA")]
+    assert all(name.endswith(".py") for name in code)
+    assert {name.partition("/")[0].removesuffix(".py") for name in code} == set(bootstrap.MODULES)
+    assert not [name for name in code if "test" in name]
     assert files["execenv/_first_stage.py"] == Path(first_stage.__file__).read_bytes()
     bootstrap.archive.cache_clear()
     assert bootstrap.archive() == shipped
@@ -105,8 +108,9 @@ def test_archive_has_what_its_libraries_require_under_every_python(version: str)
 
 def test_nothing_that_a_shell_would_change_is_appended_to_a_command() -> None:
     assert bootstrap.SHELL == "sh"
-    done = subprocess.run(["sh", "-n"], input=bootstrap.script("0" * 64).encode(), timeout=10, check=False)
-    assert done.returncode == 0
+    script = bootstrap.script("0" * 64)
+    assert script.isascii()  # whatever the locale is there
+    assert subprocess.run(["sh", "-n"], input=script.encode(), timeout=10, check=False).returncode == 0
 
 
 # Connecting.
@@ -141,6 +145,24 @@ async def test_server_there_has_nothing_compiled_and_nothing_of_what_is_installe
             done = await environment.run(["sh", "-c", "cat /proc/$PPID/maps"])
     assert done.stdout is not None
     assert b"site-packages" not in done.stdout
+
+
+async def test_server_there_does_all_that_needs_a_library(
+    box: Box, websocket_server: WebsocketServer
+) -> None:
+    (box.home / ".codex").mkdir()
+    (box.home / ".codex" / "config.toml").write_text('model = "m"\n')
+    url = websocket_server.url.replace("ws://", "http://")
+    with trio.fail_after(TIME_LIMIT):
+        async with open_environment(CommandTarget(inside(box), bootstrap=True)) as environment:
+            assert (await environment.http.request("GET", f"{url}/readyz")).status == 200
+            cwd = environment.path(str(box.home)).uri
+            asked = EnvironmentConfigReadParams(cwd, (("model",),), ())
+            assert "'m'" in str(await environment._backend.read_config(asked)).replace('"', "'")
+            path = environment.path(str(box.home / "data"))
+            await path.write_bytes(bytes(range(256)) * 1000)
+            assert await path.read_bytes() == bytes(range(256)) * 1000
+            assert [entry.name for entry in await path.parent.iterdir() if entry.name == "data"] == ["data"]
 
 
 @pytest.fixture(params=["3.12", "3.13", "3.14"])
@@ -211,16 +233,19 @@ async def test_user_without_a_home_is_served_too(box: Box, tmp_path: Path) -> No
     assert (tmp_path / f"execenv-{os.geteuid()}").is_dir()
 
 
-async def test_silent_other_side_is_given_up(box: Box) -> None:
-    text = await refusal(inside(box, "sh", "-c", "sleep 1000"), initialize_timeout=0.2)
-    assert text == "stdio of env: neither a shell nor a Python answered there within 0.2 s"
+async def test_silent_other_side_is_given_up_and_ended(box: Box, tmp_path: Path) -> None:
+    script = f"echo $$ >{tmp_path}/pid; sleep 1000"
+    text = await refusal(inside(box, "sh", "-c", script), initialize_timeout=0.5)
+    assert text == "stdio of env: neither a shell nor a Python answered there within 0.5 s"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 async def test_transfer_without_progress_is_given_up(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bootstrap, "PROGRESS_TIMEOUT", 0.2)
-    script = "echo execenv-bootstrap need; echo execenv-bootstrap got 32768; sleep 1000"
+    script = "for word in hello need 'got 32768'; do echo execenv-bootstrap $word; done; sleep 1000"
     text = await refusal(inside(box, "sh", "-c", script))
-    assert text == "stdio of env: no progress in receiving the server for 0.2 s"
+    assert text == "stdio of env: silent for 0.2 s while the server was brought to its other side"
 
 
 async def test_other_side_that_prints_for_ever_is_given_up(box: Box) -> None:
@@ -236,8 +261,8 @@ async def test_what_the_other_side_says_cannot_command_a_terminal(box: Box) -> N
 
 
 async def test_answer_that_makes_no_sense_is_refused(box: Box) -> None:
-    text = await refusal(inside(box, "sh", "-c", "echo execenv-bootstrap hello; sleep 1000"))
-    assert "a confused answer to the bootstrap: 'hello'" in text
+    text = await refusal(inside(box, "sh", "-c", "echo execenv-bootstrap what; sleep 1000"))
+    assert "a confused answer to the bootstrap: 'what'" in text
 
 
 # The first stage, by itself.
