@@ -152,6 +152,7 @@ async def _log_stderr(program: str, fd: int, channel: CommandChannel) -> None:
         except BlockingIOError:
             continue
         if not data:
+            channel.stderr.append(rest.decode(errors="replace"))
             channel.stderr_ended.set()
             return
         *lines, rest = (rest + data).split(b"\n")

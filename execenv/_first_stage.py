@@ -150,6 +150,7 @@ def _store_in(place: str, files: dict[str, bytes], wanted: str) -> str:
     with suppress(FileExistsError):
         os.mkdir(place, 0o700)
     check_private(place)
+    before = os.umask(0o077)
     final = os.path.join(place, wanted)
     new = os.path.join(place, f".new-{os.urandom(8).hex()}")
     try:
@@ -169,6 +170,7 @@ def _store_in(place: str, files: dict[str, bytes], wanted: str) -> str:
                 _put_aside(final, new + ".old")
         raise FileExistsError(f"{final} is damaged and cannot be replaced")
     finally:
+        os.umask(before)
         _remove(new)
         _remove(new + ".old")
 

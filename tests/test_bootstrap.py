@@ -255,9 +255,9 @@ async def test_other_side_that_prints_for_ever_is_given_up(box: Box) -> None:
 
 
 async def test_what_the_other_side_says_cannot_command_a_terminal(box: Box) -> None:
-    script = r"printf '\033[31mexecenv\n' >&2; printf 'a\033]0;b\n'; exit 3"
+    script = r"printf '\033[31mexecenv\n' >&2; printf 'a\033]0;b\n'; printf last >&2; exit 3"
     text = await refusal(inside(box, "sh", "-c", script))
-    assert text.endswith("env ended with status 3 and said: a\\x1b]0;b / \\x1b[31mexecenv")
+    assert text.endswith("env ended with status 3 and said: a\\x1b]0;b / \\x1b[31mexecenv / last")
 
 
 async def test_answer_that_makes_no_sense_is_refused(box: Box) -> None:
@@ -326,6 +326,19 @@ def test_every_fault_of_the_cache_is_found_and_mended(
     assert first_stage.store(TREE, digest) == str(directory)
     assert first_stage.is_intact(str(directory), digest)
     assert os.listdir(directory.parent) == [digest]
+
+
+def test_nobody_else_can_enter_the_cache_whatever_the_umask_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = os.umask(0o002)
+    try:
+        directory, _ = stored(tmp_path, monkeypatch)
+        assert os.umask(0o002) == 0o002
+    finally:
+        os.umask(before)
+    for path in (directory.parent, directory, directory / "a"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
 
 
 def test_bytecode_in_the_cache_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
