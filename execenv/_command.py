@@ -2,31 +2,77 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from logging import getLogger
 
 import trio
 
+from execenv import _bootstrap
 from execenv._service import open_nursery
-from execenv.errors import ConnectFailed, InternalError
+from execenv._standard_streams import printable
+from execenv.errors import ConnectFailed, ConnectionLost, InternalError
 from execenv.local.spawn import Spawned, abandon, spawn
 from execenv.local.tree import Marks, Root, birthmark, find_leftovers, kill_tree, set_mark, subreaper
-from execenv.transports.stdio import PipeChannel, pipe_channel
+from execenv.transports.stdio import PipeChannel
 
 logger = getLogger(__name__)
 
 TERMINATION_GRACE = 2.0
 """Seconds between SIGTERM and SIGKILL (environments.md §2)."""
 MAX_STDERR_LINE = 64 * 1024
+LAST_WORDS = 1.0
+"""Seconds for a command to end by itself, once it has closed its stdout, so that its status can be told."""
+SHOWN_LINES = 8
+SHOWN_LENGTH = 300
+
+
+class CommandChannel(PipeChannel):
+    """The channel to a command, and what is known of how the command fares."""
+
+    def __init__(self, child: Spawned, program: str, read_fd: int, write_fd: int) -> None:
+        super().__init__(f"stdio of {program}", read_fd, write_fd, max_message=1 << 62)
+        self.noise: list[str] = []
+        self.stderr: deque[str] = deque(maxlen=SHOWN_LINES)
+        self.stderr_ended = trio.Event()
+        self._child = child
+        self._program = program
+
+    async def explained(self, error: ConnectFailed, *, bootstrap: bool = False) -> ConnectFailed:
+        """The same error with the command's own last words, which are the most useful ones that there are."""
+        text = str(error)
+        status: int | None = None
+        if error.__cause__ is None or isinstance(error.__cause__, ConnectionLost):  # not by our own deadline
+            with trio.move_on_after(LAST_WORDS):
+                status = await _wait_status(self._child)
+                await self.stderr_ended.wait()
+        if status is not None:
+            ended = f"status {status}" if status >= 0 else f"signal {-status}"
+            text += f"; {self._program} ended with {ended}"
+        said = [
+            printable(line.strip())[:SHOWN_LENGTH] for line in (*self.noise, *self.stderr) if line.strip()
+        ]
+        if said:
+            text += f"{' and' if status is not None else ';'} said: {' / '.join(said[-SHOWN_LINES:])}"
+        elif status == 0 and (not self.loss or os.strerror(errno.EPIPE) in self.loss):
+            text += " and without a word: was its stdin closed? docker exec and kubectl exec need -i"
+        elif status == 127:
+            text += ": a program was not found at the other side" + (" (sh)" if bootstrap else "")
+        return ConnectFailed(text)
 
 
 @asynccontextmanager
 async def open_command(
-    argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: str | None = None
-) -> AsyncIterator[PipeChannel]:
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    bootstrap_timeout: float | None = None,
+) -> AsyncIterator[CommandChannel]:
     """Start a command and get the channel over its stdin and stdout.
 
     It leads a session, hence a process group, of its own. Its stderr is logged, line by line, at level
@@ -37,13 +83,16 @@ async def open_command(
         argv: the program, found on PATH, and its arguments. No shell.
         env: laid over this process's environment.
         cwd: this process's own, if `None`.
+        bootstrap_timeout: seconds for a Python at the other side of the command, where a server is brought
+            to first (`execenv._bootstrap`); `None` if the command is the server.
 
     Raises:
-        ConnectFailed: if the command cannot be started.
+        ConnectFailed: if the command cannot be started, or no server be brought to its other side.
     """
+    bootstrap = bootstrap_timeout is not None
     with subreaper():
         with birthmark() as born:
-            child = _start(argv, env, cwd)
+            child = _start((*argv, _bootstrap.SHELL) if bootstrap else argv, env, cwd)
             try:
                 mark = Marks().new()
                 root = Root.of(child.pid, mark if set_mark(child.pid, mark, born=born) else None)
@@ -52,11 +101,13 @@ async def open_command(
                 raise ConnectFailed(f"failed to spawn exec-server {argv[0]!r}: {error}") from error
         (_, stdout), (_, stderr) = child.outputs
         assert child.stdin_fd is not None
-        pump = pipe_channel(f"stdio of {argv[0]}", stdout, child.stdin_fd)
+        pump = CommandChannel(child, argv[0], stdout, child.stdin_fd)
         try:
             async with open_nursery() as nursery:
-                nursery.start_soon(_log_stderr, argv[0], stderr)
+                nursery.start_soon(_log_stderr, argv[0], stderr, pump)
                 try:
+                    if bootstrap_timeout is not None:
+                        await _bring_server(pump, stdout, child.stdin_fd, bootstrap_timeout)
                     yield pump
                 finally:
                     with trio.CancelScope(shield=True):
@@ -83,7 +134,15 @@ def _start(argv: Sequence[str], env: Mapping[str, str] | None, cwd: str | None) 
         raise ConnectFailed(f"failed to spawn exec-server {argv[0]!r}: {error}") from error
 
 
-async def _log_stderr(program: str, fd: int) -> None:
+async def _bring_server(channel: CommandChannel, read_fd: int, write_fd: int, timeout: float) -> None:
+    try:
+        await _bootstrap.start_server(channel.label, read_fd, write_fd, timeout=timeout, noise=channel.noise)
+    except ConnectFailed as error:
+        raise await channel.explained(error, bootstrap=True) from error
+    channel.noise.clear()
+
+
+async def _log_stderr(program: str, fd: int, channel: CommandChannel) -> None:
     # Read on for as long as the child lives, or it blocks in a write to stderr.
     rest = b""
     while True:
@@ -93,11 +152,15 @@ async def _log_stderr(program: str, fd: int) -> None:
         except BlockingIOError:
             continue
         if not data:
+            channel.stderr.append(rest.decode(errors="replace"))
+            channel.stderr_ended.set()
             return
         *lines, rest = (rest + data).split(b"\n")
         rest = rest[:MAX_STDERR_LINE]
         for line in lines:
-            logger.debug("exec-server %s stderr: %s", program, line.decode(errors="replace"))
+            text = line.decode(errors="replace")
+            channel.stderr.append(text)
+            logger.debug("exec-server %s stderr: %s", program, text)
 
 
 async def _end(child: Spawned, root: Root) -> None:
@@ -113,6 +176,17 @@ async def _end(child: Spawned, root: Root) -> None:
         logger.warning("pid %d could not be ended: %s", survivor.pid, survivor.reason)
     if not reaped and not receipt.survivors:
         await _wait_exit(child)
+
+
+async def _wait_status(child: Spawned) -> int:
+    """How it ended, as `Popen.returncode` has it. It is not reaped, so its group stays its own."""
+    if child.pidfd is not None:
+        await trio.lowlevel.wait_readable(child.pidfd)
+    while True:
+        found = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)  # noqa: ASYNC222
+        if found is not None:
+            return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+        await trio.sleep(0.01)
 
 
 async def _wait_exit(child: Spawned) -> None:

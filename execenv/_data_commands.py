@@ -12,15 +12,16 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
+import trio
 from attrs import define, frozen
 
-from execenv._locations import Location, Target
-from execenv._standard_streams import complain, one_line, pieces, printable, write
+from execenv._locations import Access, Location, Target
+from execenv._service import open_nursery
+from execenv._standard_streams import complain, one_line, pieces, printable, tell_of_losses, write
 from execenv.environment import Environment
 from execenv.environment_path import EnvironmentPath
 from execenv.errors import UsageError
 from execenv.http import FromVariable, RequestHeaders
-from execenv.open import open_environment
 from execenv.protocol import FileMetadata
 from execenv.transfer import Progress, TransferReport, look_at
 
@@ -33,17 +34,17 @@ class Environments:
     """The environments that one command works with, each opened once."""
 
     _stack: AsyncExitStack
-    _token: str | None
+    _access: Access
+    _nursery: trio.Nursery
     _open: list[tuple[Target, Environment]]
 
     async def get(self, target: Target) -> Environment:
         for known, environment in self._open:
             if known == target:
                 return environment
-        # The token is for URLs of the command line; what is configured has its own.
-        token = self._token if isinstance(target, str) and target != "local" else None
-        environment = await self._stack.enter_async_context(open_environment(target, bearer_token=token))
+        environment = await self._stack.enter_async_context(self._access.open(target))
         self._open.append((target, environment))
+        self._nursery.start_soon(tell_of_losses, environment)
         return environment
 
     async def path(self, location: Location) -> EnvironmentPath:
@@ -52,9 +53,11 @@ class Environments:
 
 
 @asynccontextmanager
-async def open_environments(token: str | None) -> AsyncIterator[Environments]:
-    async with AsyncExitStack() as stack:
-        yield Environments(stack, token, [])
+async def open_environments(access: Access) -> AsyncIterator[Environments]:
+    async with open_nursery() as nursery:
+        async with AsyncExitStack() as stack:
+            yield Environments(stack, access, nursery, [])
+        nursery.cancel_scope.cancel()
 
 
 # cp
@@ -66,7 +69,7 @@ class CopyJob:
 
     sources: Sequence[Location]
     destination: Location
-    token: str | None
+    access: Access
     recursive: bool
     atomic: bool
     as_json: bool
@@ -81,7 +84,7 @@ async def run_copy(job: CopyJob) -> int:
         complain(failures[-1])
 
     total = TransferReport()
-    async with open_environments(job.token) as environments:
+    async with open_environments(job.access) as environments:
         into = await environments.path(job.destination)
         inside = await into.is_dir()
         if not inside and (len(job.sources) > 1 or job.destination.path.endswith("/")):
@@ -236,7 +239,7 @@ class ListJob:
     """What `execenv ls` was asked for."""
 
     locations: Sequence[Location]
-    token: str | None
+    access: Access
     long: bool
     as_json: bool
 
@@ -245,7 +248,7 @@ async def run_list(job: ListJob) -> int:
     status = 0
     files: list[tuple[EnvironmentPath, str]] = []
     directories: list[tuple[str, list[tuple[EnvironmentPath, str]]]] = []
-    async with open_environments(job.token) as environments:
+    async with open_environments(job.access) as environments:
         for location in job.locations:
             try:
                 path = await environments.path(location)
@@ -318,9 +321,9 @@ def _long_line(name: str, found: FileMetadata | None) -> str:
     return f"{mode} {found.size:>12} {changed:>16} {name}{link}\n"
 
 
-async def run_cat(locations: Sequence[Location], token: str | None) -> int:
+async def run_cat(locations: Sequence[Location], access: Access) -> int:
     status = 0
-    async with open_environments(token) as environments:
+    async with open_environments(access) as environments:
         for location in locations:
             try:
                 path = await environments.path(location)
@@ -342,8 +345,8 @@ async def run_cat(locations: Sequence[Location], token: str | None) -> int:
 # info
 
 
-async def run_info(target: Target, token: str | None, *, as_json: bool) -> int:
-    async with open_environments(token) as environments:
+async def run_info(target: Target, access: Access, *, as_json: bool) -> int:
+    async with open_environments(access) as environments:
         environment = await environments.get(target)
         info, state = await environment.info(), await environment.probe()
     fields: dict[str, Any] = {
@@ -378,7 +381,7 @@ class HttpJob:
     """What `execenv http` was asked for."""
 
     target: Target
-    token: str | None
+    access: Access
     method: str
     url: str
     headers: RequestHeaders
@@ -395,7 +398,7 @@ async def run_http(job: HttpJob) -> int:
     body = job.body
     if job.body_from_stdin:
         body = b"".join([piece async for piece in pieces(0)])
-    async with open_environments(job.token) as environments:
+    async with open_environments(job.access) as environments:
         environment = await environments.get(job.target)
         async with environment.http.stream(
             job.method,

@@ -24,7 +24,6 @@ from execenv.config import (
     Snapshot,
     close_to,
     shown,
-    shown_url,
     with_default,
     with_environment,
     without_environment,
@@ -40,6 +39,7 @@ from execenv.targets import (
     CommandTarget,
     LocalTarget,
     WebsocketTarget,
+    shown_url,
 )
 
 CHECK_TIMEOUT = 30.0

@@ -6,12 +6,16 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING, TypeAlias
 
 from attrs import frozen
 
 from execenv import targets
 from execenv.errors import UsageError
+
+if TYPE_CHECKING:
+    from execenv.environment import Environment
 
 # A number behind the host is its port (possessive: never a path), unless it is only how a name begins.
 _URL = re.compile(r"(wss?://(?:\[[^\]]+\]|[^/:\[]+)(?::[0-9]+(?=[:/]|\Z))?+(?:/[^:]*)?):(.*)", re.DOTALL)
@@ -21,6 +25,25 @@ Target: TypeAlias = str | list[str] | targets.Target
 """What `open_environment` takes."""
 Named: TypeAlias = Callable[[str], targets.Target | None]
 """From the name of a configured environment to its target; `None` if there is no such environment."""
+
+
+@frozen
+class Access:
+    """How the environments of one command are reached.
+
+    Attributes:
+        token: for URLs of the command line; what is configured has its own.
+        recovery: seconds for a lost connection to be made again.
+    """
+
+    token: str | None = None
+    recovery: float = targets.RECOVERY
+
+    def open(self, target: Target) -> AbstractAsyncContextManager[Environment]:
+        from execenv.open import open_environment
+
+        token = self.token if isinstance(target, str) and target != "local" else None
+        return open_environment(target, bearer_token=token, recovery=self.recovery)
 
 
 def nothing_named(name: str) -> targets.Target | None:

@@ -13,12 +13,11 @@ from contextlib import contextmanager, suppress
 import trio
 from attrs import frozen
 
-from execenv._locations import Target
+from execenv._locations import Access, Target
 from execenv._service import open_nursery
-from execenv._standard_streams import pieces, write
+from execenv._standard_streams import pieces, tell_of_losses, write
 from execenv.environment import Environment
 from execenv.errors import NotSupported, OutputGap, ProcessNotStarted
-from execenv.open import open_environment
 from execenv.process import Process
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
@@ -29,7 +28,7 @@ class Job:
     """What the command line asked for."""
 
     target: Target
-    token: str | None
+    access: Access
     argv: tuple[str, ...]
     tty: bool
     cwd: str | None
@@ -38,7 +37,8 @@ class Job:
 
 async def run_job(job: Job) -> int:
     """Run it; the exit status for our own process."""
-    async with open_environment(job.target, bearer_token=job.token) as environment:
+    async with job.access.open(job.target) as environment, open_nursery() as nursery:
+        nursery.start_soon(tell_of_losses, environment)
         try:
             return await _run(environment, job)
         except ProcessNotStarted as error:
@@ -48,6 +48,8 @@ async def run_job(job: Job) -> int:
             return NOT_EXECUTABLE
         except BrokenPipeError:  # whoever reads our output has seen enough
             return 128 + signal.SIGPIPE
+        finally:
+            nursery.cancel_scope.cancel()
 
 
 async def _run(environment: Environment, job: Job) -> int:

@@ -7,8 +7,12 @@ import os
 import re
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import TYPE_CHECKING
 
 import trio
+
+if TYPE_CHECKING:
+    from execenv.environment import Environment
 
 PIECE = 4096  # PIPE_BUF: what a pipe that is writable takes without blocking
 READ_SIZE = 64 * 1024
@@ -34,6 +38,18 @@ def one_line(error: BaseException) -> str:
 def complain(text: str) -> None:
     """Say on stderr, in a line, what is wrong or left out."""
     print(f"execenv: {text}", file=sys.stderr, flush=True)
+
+
+async def tell_of_losses(environment: Environment) -> None:
+    """Say on stderr when the connection is lost, and when it is there again, until cancelled."""
+    lost = False
+    async for change in environment.status:
+        if change.state == "recovering":
+            lost = True
+            complain(f"{environment.name}: connection lost, trying to get it back")
+        elif change.state == "connected" and lost:
+            lost = False
+            complain(f"{environment.name}: connected again")
 
 
 async def pieces(fd: int) -> AsyncGenerator[bytes, None]:

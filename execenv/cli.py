@@ -19,7 +19,7 @@ import click
 from execenv._version import __version__
 
 if TYPE_CHECKING:
-    from execenv._locations import Location, Target
+    from execenv._locations import Access, Location, Target
     from execenv.server.auth import Authenticator
 
 OUR_FAILURE = 125  # as env, docker run and timeout have it: the command itself never ran
@@ -30,6 +30,7 @@ Examples:
   execenv run -- make test
   execenv run --env ws://127.0.0.1:8765 --cwd /src -- pytest -x
   execenv run --env "ssh devbox execenv serve --listen stdio" --tty -- bash
+  execenv run --env "docker exec -i box" --bootstrap -- uname -a
 """
 
 EPILOG_CP = """
@@ -127,8 +128,21 @@ _env_option = click.option(
     help="Where: a configured name (see execenv env), 'local', a ws:// or wss:// URL, or a command that "
     "speaks the protocol over stdio.  [default: that of EXECENV_URL or of execenv's own file, else local]",
 )
+_bootstrap_option = click.option(
+    "--bootstrap",
+    is_flag=True,
+    help="The command of TARGET runs what is appended to it at another side: bring execenv there first. "
+    "That needs a sh and a Python >= 3.11.",
+)
 _token_option = click.option(
     "--token-file", metavar="PATH", help="The file that holds the bearer token of the URL."
+)
+_recovery_option = click.option(
+    "--recovery",
+    default="45",
+    show_default=True,
+    metavar="SECONDS|forever",
+    help="How long a lost connection to a websocket server is tried again; 0 for not at all.",
 )
 _alias_option = click.option(
     "--alias", "aliases", multiple=True, metavar="NAME=TARGET", help="Name an environment, for NAME:PATH."
@@ -298,25 +312,31 @@ def _authenticator(mode: str | None, options: dict[str, Any]) -> Authenticator |
 def _detached_ttl(text: str) -> dict[str, float]:
     """The arguments of `execenv.server.DetachedTtl`, which would import Trio."""
     if "=" not in text:
-        return {"running": _seconds(text, text)}
+        return {"running": _ttl(text, text)}
     times = {"running": 80.0, "exited": 80.0}
     named = [part.strip().partition("=") for part in text.split(",")]
     names = [name for name, _, _ in named]
     if not times.keys() >= set(names) or len(set(names)) < len(names):
         raise _bad_ttl(text)
-    return times | {name: _seconds(time, text) for name, _, time in named}
+    return times | {name: _ttl(time, text) for name, _, time in named}
 
 
-def _seconds(time: str, text: str) -> float:
-    if time == "never":
-        return math.inf
-    try:
-        seconds = float(time)
-    except ValueError:
-        seconds = -1.0
-    if math.isnan(seconds) or seconds < 0:
+def _ttl(time: str, text: str) -> float:
+    seconds = _seconds(time, "never")
+    if seconds is None:
         raise _bad_ttl(text)
     return seconds
+
+
+def _seconds(text: str, infinite: str) -> float | None:
+    """A time as it was given, or `None` if it is none; `infinite` is the word for no end."""
+    if text == infinite:
+        return math.inf
+    try:
+        seconds = float(text)
+    except ValueError:
+        return None
+    return seconds if seconds >= 0 else None
 
 
 def _bad_ttl(text: str) -> click.ClickException:
@@ -360,7 +380,9 @@ def _bound_socket(host: str, port: int) -> socket.socket:
     epilog=EPILOG_RUN, context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False}
 )
 @_env_option
+@_bootstrap_option
 @_token_option
+@_recovery_option
 @click.option("-t", "--tty", is_flag=True, help="Run it on a terminal, as an interactive program needs it.")
 @click.option("--cwd", metavar="DIR", help="The directory to run in, as the environment names it.")
 @click.option(
@@ -375,7 +397,9 @@ def _bound_socket(host: str, port: int) -> socket.socket:
 @click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
     target: str | None,
+    bootstrap: bool,
     token_file: str | None,
+    recovery: str,
     tty: bool,
     cwd: str | None,
     assignments: tuple[str, ...],
@@ -389,10 +413,10 @@ def run(
     """
     from execenv import _run_command
 
-    where, token = _target(target), _token(token_file)
+    where = _target(target, bootstrap)
     job = _run_command.Job(
         target=where,
-        token=token if isinstance(where, str) and where != "local" else None,
+        access=_access(token_file, recovery),
         argv=argv,
         tty=tty,
         cwd=cwd,
@@ -406,7 +430,9 @@ def run(
 @click.option("--atomic", is_flag=True, help="Bring each file to the disk before it gets its name.")
 @click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 @_alias_option
+@_bootstrap_option
 @_token_option
+@_recovery_option
 @_json_option
 @_debug_option
 @click.argument("sources", nargs=-1, required=True, metavar="SRC...")
@@ -418,7 +444,9 @@ def cp(
     atomic: bool,
     quiet: bool,
     aliases: tuple[str, ...],
+    bootstrap: bool,
     token_file: str | None,
+    recovery: str,
     as_json: bool,
     debug: bool,
 ) -> None:
@@ -432,9 +460,9 @@ def cp(
     from execenv import _data_commands
 
     job = _data_commands.CopyJob(
-        sources=_locations(sources, aliases),
-        destination=_locations((destination,), aliases)[0],
-        token=_token(token_file),
+        sources=_locations(sources, aliases, bootstrap=bootstrap),
+        destination=_locations((destination,), aliases, bootstrap=bootstrap)[0],
+        access=_access(token_file, recovery),
         recursive=recursive,
         atomic=atomic,
         as_json=as_json,
@@ -446,8 +474,10 @@ def cp(
 @cli.command()
 @click.option("-l", "--long", is_flag=True, help="Show permissions, size and time of the last change.")
 @_env_option
+@_bootstrap_option
 @_alias_option
 @_token_option
+@_recovery_option
 @_json_option
 @_debug_option
 @click.argument("paths", nargs=-1)
@@ -455,52 +485,78 @@ def ls(
     paths: tuple[str, ...],
     long: bool,
     target: str | None,
+    bootstrap: bool,
     aliases: tuple[str, ...],
     token_file: str | None,
+    recovery: str,
     as_json: bool,
     debug: bool,
 ) -> None:
     """List directories of an environment. A PATH may name its own environment, as for cp."""
     from execenv import _data_commands
 
-    locations = _locations(paths or ("",), aliases, target)
-    job = _data_commands.ListJob(locations, _token(token_file), long, as_json)
+    locations = _locations(paths or ("",), aliases, target, bootstrap=bootstrap)
+    job = _data_commands.ListJob(locations, _access(token_file, recovery), long, as_json)
     _exit_with(debug, _data_commands.run_list, job)
 
 
 @cli.command()
 @_env_option
+@_bootstrap_option
 @_alias_option
 @_token_option
+@_recovery_option
 @_debug_option
 @click.argument("paths", nargs=-1, required=True)
 def cat(
-    paths: tuple[str, ...], target: str | None, aliases: tuple[str, ...], token_file: str | None, debug: bool
+    paths: tuple[str, ...],
+    target: str | None,
+    bootstrap: bool,
+    aliases: tuple[str, ...],
+    token_file: str | None,
+    recovery: str,
+    debug: bool,
 ) -> None:
     """Write the content of files to stdout. A PATH may name its own environment, as for cp."""
     from execenv import _data_commands
 
-    _exit_with(debug, _data_commands.run_cat, _locations(paths, aliases, target), _token(token_file))
+    _exit_with(
+        debug,
+        _data_commands.run_cat,
+        _locations(paths, aliases, target, bootstrap=bootstrap),
+        _access(token_file, recovery),
+    )
 
 
 @cli.command()
 @_env_option
+@_bootstrap_option
 @_token_option
+@_recovery_option
 @_json_option
 @_debug_option
-def info(target: str | None, token_file: str | None, as_json: bool, debug: bool) -> None:
+def info(
+    target: str | None,
+    bootstrap: bool,
+    token_file: str | None,
+    recovery: str,
+    as_json: bool,
+    debug: bool,
+) -> None:
     """Show what an environment says of itself."""
     from functools import partial
 
     from execenv import _data_commands
 
     run_info = partial(_data_commands.run_info, as_json=as_json)
-    _exit_with(debug, run_info, _target(target), _token(token_file))
+    _exit_with(debug, run_info, _target(target, bootstrap), _access(token_file, recovery))
 
 
 @cli.command(epilog=EPILOG_HTTP)
 @_env_option
+@_bootstrap_option
 @_token_option
+@_recovery_option
 @click.option("-X", "--method", metavar="METHOD", help="GET, or POST where there is a body, if not given.")
 @click.option("-H", "--header", "headers", multiple=True, metavar="'NAME: VALUE'", help="Add a header.")
 @click.option(
@@ -521,7 +577,9 @@ def info(target: str | None, token_file: str | None, as_json: bool, debug: bool)
 def http(
     url: str,
     target: str | None,
+    bootstrap: bool,
     token_file: str | None,
+    recovery: str,
     method: str | None,
     headers: tuple[str, ...],
     secret_headers: tuple[str, ...],
@@ -539,8 +597,8 @@ def http(
     pairs = [_data_commands.header(text) for text in headers]
     pairs += [_data_commands.header(text, from_variable=True) for text in secret_headers]
     job = _data_commands.HttpJob(
-        target=_target(target),
-        token=_token(token_file),
+        target=_target(target, bootstrap),
+        access=_access(token_file, recovery),
         method=method or ("GET" if data is None else "POST"),
         url=url,
         headers=pairs,
@@ -666,15 +724,18 @@ def default_environment(name: str | None, debug: bool) -> None:
 @_token_option
 @_json_option
 @_debug_option
+@_bootstrap_option
 @click.argument("targets", nargs=-1, metavar="[NAME...]")
-def check_environments(targets: tuple[str, ...], token_file: str | None, as_json: bool, debug: bool) -> None:
+def check_environments(
+    targets: tuple[str, ...], token_file: str | None, as_json: bool, debug: bool, bootstrap: bool
+) -> None:
     """Connect to environments, all if none is named, and say what works there and what does not.
 
     The exit status is 1 if one cannot be used.
     """
     from execenv import _env_commands
 
-    chosen = [(text, _target(text)) for text in targets] if targets else _env_commands.all_targets()
+    chosen = [(text, _target(text, bootstrap)) for text in targets] or _env_commands.all_targets()
     _exit_with(debug, _env_commands.run_check, chosen, _token(token_file), as_json)
 
 
@@ -713,27 +774,60 @@ def _file(path: str, named: str = "") -> bytes:
         raise click.ClickException(f"cannot read {named}{path}: {error.strerror}") from error
 
 
-def _locations(texts: Sequence[str], aliases: Sequence[str], default: str | None = "local") -> list[Location]:
+def _locations(
+    texts: Sequence[str], aliases: Sequence[str], default: str | None = "local", *, bootstrap: bool
+) -> list[Location]:
+    from functools import partial
+
     from execenv._locations import parse_alias, parse_location
     from execenv.errors import UsageError
     from execenv.providers import named_target
 
     try:
-        known = dict(parse_alias(text, named_target) for text in aliases)
-        return [parse_location(text, known, lambda: _target(default), named_target) for text in texts]
+        given = (parse_alias(text, named_target) for text in aliases)
+        known = {name: _brought(target, bootstrap) for name, target in given}
+        where = partial(_target, default, bootstrap)
+        return [parse_location(text, known, where, named_target) for text in texts]
     except UsageError as error:
         raise click.ClickException(str(error)) from error
 
 
-def _target(text: str | None) -> Target:
+def _target(text: str | None, bootstrap: bool) -> Target:
     from execenv._locations import parse_target
     from execenv.errors import UsageError
     from execenv.providers import default_target, named_target
 
     try:
-        return default_target() if text is None else parse_target(text, named_target)
+        target = default_target() if text is None else parse_target(text, named_target)
     except UsageError as error:
         raise click.ClickException(str(error)) from error
+    brought = _brought(target, bootstrap)
+    if bootstrap and brought is target:
+        raise click.ClickException(
+            f"--bootstrap is for a command, such as 'ssh devbox', and not for {text or 'the default'!r}"
+        )
+    return brought
+
+
+def _brought(target: Target, bootstrap: bool) -> Target:
+    from attrs import evolve
+
+    from execenv.targets import CommandTarget
+
+    if bootstrap and isinstance(target, CommandTarget):
+        return evolve(target, bootstrap=True)
+    if bootstrap and isinstance(target, list):
+        return CommandTarget(tuple(target), bootstrap=True)
+    return target
+
+
+def _access(token_file: str | None, recovery: str) -> Access:
+    from execenv._locations import Access
+
+    seconds = _seconds(recovery, "forever")
+    if seconds is None:
+        raise click.ClickException(f"--recovery takes a number of seconds or 'forever', not {recovery!r}")
+    return Access(_token(token_file), seconds)
 
 
 def _token(path: str | None) -> str | None:

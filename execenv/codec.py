@@ -13,13 +13,18 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
-import orjson
-import pybase64
 from attrs import fields, frozen, has
 
 from execenv.errors import InvalidParams
 from execenv.paths import PathUri, PathUriError
 from execenv.protocol import U64, Base64, Base64Text, Unit
+
+try:
+    import orjson
+    import pybase64
+except ImportError:  # compiled, so a server that was shipped to another machine goes without
+    from execenv import _pure_base64 as pybase64  # type: ignore[no-redef]
+    from execenv import _pure_json as orjson  # type: ignore[no-redef]
 
 if TYPE_CHECKING:
     from cattrs import Converter

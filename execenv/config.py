@@ -27,6 +27,7 @@ from execenv.targets import (
     Target,
     WebsocketTarget,
     is_token,
+    shown_url,
 )
 
 LOCAL = "local"
@@ -126,12 +127,6 @@ def parse_config(text: str, *, file: str, ours: bool = True) -> Snapshot:
 def shown(text: str) -> str:
     """In quotes, for a message, with everything escaped that a terminal would obey."""
     return f"`{_CONTROL.sub(lambda found: found[0].encode('unicode_escape').decode(), text)}`"
-
-
-def shown_url(text: str) -> str:
-    """A URL for a message: credentials and query, which may be secrets, left out."""
-    before, at, after = text.partition("?")[0].rpartition("@")
-    return before.partition("://")[0] + "://***@" + after if at and "://" in before else at + after
 
 
 def close_to(word: str, known: Collection[str]) -> str:

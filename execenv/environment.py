@@ -385,6 +385,9 @@ async def _feed(process: Process, data: bytes) -> None:
         await process.stdin.aclose()
     except trio.BrokenResourceError:
         return  # it ended without reading all; its status tells whether that was an error
+    except ConnectionLost:
+        if process._inbox.error is None:  # or else who collects its output raises the same
+            raise
 
 
 async def _collect(process: Process, output: CapturedOutput | None, allow_gaps: bool) -> None:

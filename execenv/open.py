@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 import trio
 
@@ -20,6 +19,7 @@ from execenv.targets import (
     LocalTarget,
     Target,
     WebsocketTarget,
+    shown_url,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ async def open_environment(
     Args:
         target: `"local"`, this machine; a `ws://` or `wss://` URL; a command that speaks the protocol
             over its stdin and stdout, as a list: `["ssh", "devbox", "execenv serve --listen stdio"]`; or one
-            of the classes of `execenv.targets`, which hold their own token and timeouts.
+            of the classes of `execenv.targets`, which hold their own token and timeouts:
+            `CommandTarget(("ssh", "devbox"), bootstrap=True)` needs no execenv there.
         bearer_token: for a websocket server that wants one. Never put it into the URL.
         resume_session_id: a session (`Environment.session_id`) of this server to go on with; what was
             started there detached is found again by `Environment.attach`.
@@ -131,11 +132,11 @@ async def _dial(target: WebsocketTarget) -> AsyncIterator[Channel]:
 async def _start(target: CommandTarget) -> AsyncIterator[Channel]:
     from execenv._command import open_command
 
-    async with open_command(target.argv, env=target.env, cwd=target.cwd) as channel:
-        yield channel
-
-
-def shown_url(url: str) -> str:
-    """A URL for messages: without user, password and query, which may hold secrets."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    bootstrap_timeout = target.initialize_timeout if target.bootstrap else None
+    async with open_command(
+        target.argv, env=target.env, cwd=target.cwd, bootstrap_timeout=bootstrap_timeout
+    ) as channel:
+        try:
+            yield channel
+        except ConnectFailed as error:  # in the handshake
+            raise await channel.explained(error) from error

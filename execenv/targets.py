@@ -80,7 +80,10 @@ class CommandTarget:
         env: laid over this process's environment.
         cwd: where it runs; this process's own directory if `None`.
         initialize_timeout: seconds for it to start and shake hands.
-        bootstrap: bring execenv along to where the command leads, instead of finding it installed there.
+        bootstrap: the command runs what is appended to it at some other side, and no execenv is needed there:
+            `("ssh", "devbox")`, `("docker", "exec", "-i", "box")`. A `sh` and a Python >= 3.11 are; the
+            server is sent to a cache there at the first connect, for which there is no time limit as long as
+            it gets on. The other side has to know of its stdin and stdout only: no terminal.
     """
 
     argv: tuple[str, ...]
@@ -91,3 +94,9 @@ class CommandTarget:
 
 
 Target: TypeAlias = LocalTarget | WebsocketTarget | CommandTarget
+
+
+def shown_url(text: str) -> str:
+    """A URL for a message: credentials and query, which may be secrets, left out."""
+    before, at, after = text.partition("?")[0].rpartition("@")
+    return before.partition("://")[0] + "://***@" + after if at and "://" in before else at + after

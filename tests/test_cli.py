@@ -485,7 +485,9 @@ async def test_server_says_its_url_first_and_ends_well_on_sigterm_and_sigint() -
 async def test_terminated_server_leaves_no_process(watched: Watched) -> None:
     async with started([*SERVE, "ws://127.0.0.1:0"]) as server:
         url = (await server.expect(b"\n")).decode().strip()
-        async with started([*EXECENV, "run", "--env", url, "--", *python(STUBBORN)]) as run:
+        async with started(
+            [*EXECENV, "run", "--recovery", "0", "--env", url, "--", *python(STUBBORN)]
+        ) as run:
             for pid in (await run.expect(b"\n")).split():
                 watched.add(int(pid))
             server.process.terminate()

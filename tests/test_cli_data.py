@@ -318,14 +318,31 @@ async def test_copy_goes_on_with_another_server_when_the_first_was_killed(
     into.mkdir()
     with run_websocket_server() as server:
         url = server.url
-        async with started([*EXECENV, "cp", "-q", str(large), f"{url}:{into}"]) as run:
+        argv = [*EXECENV, "cp", "-q", "--recovery", "0", str(large), f"{url}:{into}"]
+        async with started(argv) as run:
             part = await begun(into)
             server.process.kill()
             stdout, stderr, status = await run.rest()
     assert (stdout, status) == (b"", 1)
-    check_one_line(stderr, "disconnected")
+    check_one_line(stderr, "cannot connect")
     with run_websocket_server([*SERVE, url]):
         await check_resumed(str(large), f"{url}:{into}", part, large)
+
+
+async def test_copy_goes_on_by_itself_when_the_server_is_started_again(large: Path, tmp_path: Path) -> None:
+    into = tmp_path / "into"
+    into.mkdir()
+    with run_websocket_server() as server:
+        url = server.url
+        async with started([*EXECENV, "cp", "-q", str(large), f"{url}:{into}"]) as run:
+            await begun(into)
+            server.process.kill()
+            server.process.wait()
+            with run_websocket_server([*SERVE, url]):
+                stdout, stderr, status = await run.rest()
+    assert (stdout, status) == (b"", 0)
+    assert "connection lost" in stderr.decode()
+    assert filecmp.cmp(large, into / large.name, shallow=False)
 
 
 # Progress of cp.

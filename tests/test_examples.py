@@ -145,6 +145,19 @@ async def test_terminal_session_reads_what_each_line_shows(target: str) -> None:
     )
 
 
+async def test_program_that_outgrows_its_machine_uses_others(
+    tmp_path: Path, websocket_server: WebsocketServer
+) -> None:
+    assert await run_example("outgrow.py") == (
+        "17984 primes below 200000, found in 10 ranges on 1 machines\n",
+        0,
+    )
+    other = f"env XDG_CACHE_HOME={shlex.quote(str(tmp_path))}"
+    stdout, status = await run_example("outgrow.py", "local", websocket_server.url, other)
+    assert (stdout, status) == ("17984 primes below 200000, found in 10 ranges on 3 machines\n", 0)
+    assert os.listdir(tmp_path) == ["execenv"]
+
+
 @pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_example_is_short_and_says_how_to_run_it(example: Path) -> None:
     text = example.read_text()

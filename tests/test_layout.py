@@ -42,6 +42,8 @@ PUBLIC = """
 
 LAYERS = (
     {
+        "_pure_base64",
+        "_pure_json",
         "_service",
         "_toml_lines",
         "_version",
@@ -60,9 +62,12 @@ LAYERS = (
     {
         "__init__",
         "__main__",
+        "_bootstrap",
+        "_bootstrapped",
         "_command",
         "_data_commands",
         "_env_commands",
+        "_first_stage",
         "_locations",
         "_run_command",
         "_standard_streams",

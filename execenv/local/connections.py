@@ -8,13 +8,13 @@ Imported with httpcore2, at the first request.
 
 from __future__ import annotations
 
+import base64
 import os
 import select
 import ssl
 
 import h11
 import httpcore2
-import pybase64
 import trio
 
 from execenv.local.urls import HttpUrl
@@ -322,4 +322,4 @@ class _Connection(httpcore2.AsyncConnectionInterface):
 def _proxy_headers(proxy: HttpUrl) -> list[tuple[bytes, bytes]]:
     if proxy.credentials is None:
         return []
-    return [(b"proxy-authorization", b"Basic " + pybase64.b64encode(b":".join(proxy.credentials)))]
+    return [(b"proxy-authorization", b"Basic " + base64.b64encode(b":".join(proxy.credentials)))]

@@ -6,6 +6,7 @@ does it. Nothing is added that was not asked for: no cookies, no decompression.
 
 from __future__ import annotations
 
+import base64
 import math
 import os
 import re
@@ -14,7 +15,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-import pybase64
 import trio
 from attrs import evolve, frozen
 
@@ -59,9 +59,7 @@ class _Request:
         names = {name for name, _ in self.headers}
         found = list(self.headers)
         if self.url.credentials is not None and b"authorization" not in names:
-            found.insert(
-                0, (b"authorization", b"Basic " + pybase64.b64encode(b":".join(self.url.credentials)))
-            )
+            found.insert(0, (b"authorization", b"Basic " + base64.b64encode(b":".join(self.url.credentials))))
         if b"accept" not in names:
             found.append((b"accept", b"*/*"))
         if b"host" not in names:
