@@ -53,6 +53,13 @@ def interop(session: nox.Session) -> None:
 
 
 @nox.session
+def soak(session: nox.Session) -> None:
+    """10,000 lost connections, or `-- --cuts N --seed SEED`: nothing lost, nothing twice, no wrong word."""
+    install(session, "test")
+    session.run("python", "-m", "tests.soak", *session.posargs)
+
+
+@nox.session
 def examples(session: nox.Session) -> None:
     """The examples, and the programs and commands of README.md."""
     install(session, "test")

@@ -102,7 +102,7 @@ async def output(target: str) -> float:
 async def rpc(target: str) -> float:
     """Calls per second, one after another."""
     async with open_environment(target) as env:
-        return 1 / await _seconds_each(env.status, 500)
+        return 1 / await _seconds_each(env.probe, 500)
 
 
 async def rpc_pipelined(target: str) -> float:
@@ -111,7 +111,7 @@ async def rpc_pipelined(target: str) -> float:
 
         async def some() -> None:
             for _ in range(40):
-                await env.status()
+                await env.probe()
 
         began = perf_counter()
         async with trio.open_nursery() as nursery:

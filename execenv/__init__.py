@@ -13,8 +13,9 @@ Open an environment, run programs in it, leave it:
 
 The map of the package: `open.py` opens a target, `environment.py` and `process.py` are what programs use,
 `abc.py` is what every kind of environment implements, in `local/` and `remote/`; `server/` offers one to
-others. `rpc.py`, `codec.py` and `protocol.py` are the wire, `transports/` carries it. `errors.py` has every
-exception.
+others. `environments.py` has environments by name, which `config.py` and `providers.py` find in files and
+variables. `rpc.py`, `codec.py` and `protocol.py` are the wire, `transports/` carries it. `errors.py` has
+every exception.
 
 Names are imported when they are first used, so that `import execenv` is cheap.
 """
@@ -28,11 +29,15 @@ from execenv._version import __version__
 
 if TYPE_CHECKING:
     from execenv.abc import KillReceipt, Output, Survivor
+    from execenv.config import Snapshot
     from execenv.environment import CapturedOutput, CompletedProcess, Environment, captured_output
     from execenv.environment_path import EnvironmentPath
+    from execenv.environments import Capabilities, EnvironmentManager, EnvironmentStatus, open_manager
     from execenv.errors import (
+        ConfigError,
         ConnectFailed,
         ConnectionLost,
+        EnvironmentUnavailable,
         ExecenvError,
         HttpFailed,
         NotSupported,
@@ -57,16 +62,21 @@ if TYPE_CHECKING:
         WalkError,
         WalkResult,
     )
+    from execenv.status import Status, StatusChange, fail_fast
     from execenv.targets import CommandTarget, LocalTarget, WebsocketTarget
     from execenv.transfer import Progress, TransferReport
 
 _WHERE = {
     "abc": ("KillReceipt", "Output", "Survivor"),
+    "config": ("Snapshot",),
     "environment": ("CapturedOutput", "CompletedProcess", "Environment", "captured_output"),
     "environment_path": ("EnvironmentPath",),
+    "environments": ("Capabilities", "EnvironmentManager", "EnvironmentStatus", "open_manager"),
     "errors": (
+        "ConfigError",
         "ConnectFailed",
         "ConnectionLost",
+        "EnvironmentUnavailable",
         "ExecenvError",
         "HttpFailed",
         "NotSupported",
@@ -91,6 +101,7 @@ _WHERE = {
         "WalkError",
         "WalkResult",
     ),
+    "status": ("Status", "StatusChange", "fail_fast"),
     "targets": ("CommandTarget", "LocalTarget", "WebsocketTarget"),
     "transfer": ("Progress", "TransferReport"),
 }
@@ -101,13 +112,20 @@ __all__ = [  # noqa: RUF022 - in the order of _WHERE
     "KillReceipt",
     "Output",
     "Survivor",
+    "Snapshot",
     "CapturedOutput",
     "CompletedProcess",
     "Environment",
     "captured_output",
     "EnvironmentPath",
+    "Capabilities",
+    "EnvironmentManager",
+    "EnvironmentStatus",
+    "open_manager",
+    "ConfigError",
     "ConnectFailed",
     "ConnectionLost",
+    "EnvironmentUnavailable",
     "ExecenvError",
     "HttpFailed",
     "NotSupported",
@@ -132,6 +150,9 @@ __all__ = [  # noqa: RUF022 - in the order of _WHERE
     "WalkEntry",
     "WalkError",
     "WalkResult",
+    "Status",
+    "StatusChange",
+    "fail_fast",
     "CommandTarget",
     "LocalTarget",
     "WebsocketTarget",

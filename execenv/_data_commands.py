@@ -34,15 +34,17 @@ class Environments:
 
     _stack: AsyncExitStack
     _token: str | None
-    _open: dict[str, Environment]
+    _open: list[tuple[Target, Environment]]
 
     async def get(self, target: Target) -> Environment:
-        key = target if isinstance(target, str) else repr(target)
-        if key not in self._open:
-            token = self._token if isinstance(target, str) and target != "local" else None
-            opening = open_environment(target, bearer_token=token)
-            self._open[key] = await self._stack.enter_async_context(opening)
-        return self._open[key]
+        for known, environment in self._open:
+            if known == target:
+                return environment
+        # The token is for URLs of the command line; what is configured has its own.
+        token = self._token if isinstance(target, str) and target != "local" else None
+        environment = await self._stack.enter_async_context(open_environment(target, bearer_token=token))
+        self._open.append((target, environment))
+        return environment
 
     async def path(self, location: Location) -> EnvironmentPath:
         environment = await self.get(location.target)
@@ -52,7 +54,7 @@ class Environments:
 @asynccontextmanager
 async def open_environments(token: str | None) -> AsyncIterator[Environments]:
     async with AsyncExitStack() as stack:
-        yield Environments(stack, token, {})
+        yield Environments(stack, token, [])
 
 
 # cp
@@ -343,7 +345,7 @@ async def run_cat(locations: Sequence[Location], token: str | None) -> int:
 async def run_info(target: Target, token: str | None, *, as_json: bool) -> int:
     async with open_environments(token) as environments:
         environment = await environments.get(target)
-        info, state = await environment.info(), await environment.status()
+        info, state = await environment.info(), await environment.probe()
     fields: dict[str, Any] = {
         "environment": environment.name,
         "status": state,

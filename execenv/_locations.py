@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 from attrs import frozen
 
+from execenv import targets
 from execenv.errors import UsageError
-from execenv.targets import CommandTarget
 
 # A number behind the host is its port (possessive: never a path), unless it is only how a name begins.
 _URL = re.compile(r"(wss?://(?:\[[^\]]+\]|[^/:\[]+)(?::[0-9]+(?=[:/]|\Z))?+(?:/[^:]*)?):(.*)", re.DOTALL)
 _NAME = re.compile(r"([^/:]+):(.*)", re.DOTALL)
 
-Target = str | list[str] | CommandTarget
+Target: TypeAlias = str | list[str] | targets.Target
+"""What `open_environment` takes."""
+Named: TypeAlias = Callable[[str], targets.Target | None]
+"""From the name of a configured environment to its target; `None` if there is no such environment."""
+
+
+def nothing_named(name: str) -> targets.Target | None:
+    """For where nothing is configured."""
+    return None
 
 
 @frozen
@@ -33,8 +43,15 @@ class Location:
     text: str
 
 
-def parse_target(text: str) -> Target:
-    """What `--env` takes: `local`, a ws:// or wss:// URL, or a command that speaks the protocol over stdio.
+def parse_target(text: str, named: Named | None = None) -> Target:
+    """What `--env` takes.
+
+    `local`, a ws:// or wss:// URL, the name of a configured environment, or a command that speaks the
+    protocol over stdio. `local`, URLs and more than one word are what they are whatever is
+    configured.
+
+    Args:
+        named: looks names up. A word that is none must then be a program that can be found.
 
     Raises:
         UsageError: if it is none of these.
@@ -46,14 +63,44 @@ def parse_target(text: str) -> Target:
     except ValueError as error:
         raise UsageError(f"{text!r} is no command: {str(error).lower()}") from None
     if not words or (len(words) == 1 and "://" in text):
-        raise UsageError(f"{text!r} is no environment (--env): use local, a ws:// URL or a command")
+        raise UsageError(
+            f"{text!r} is no environment (--env): use local, a ws:// URL, a configured name or a command"
+        )
+    if named is not None and len(words) == 1 and "/" not in words[0]:
+        target = named(words[0])
+        if target is not None:
+            return target
+        if shutil.which(words[0]) is None:
+            raise UsageError(_unknown(words[0]))
     return words
 
 
-def parse_location(text: str, aliases: Mapping[str, Target], default: Target = "local") -> Location:
+def _unknown(word: str) -> str:
+    from execenv.config import close_to, shown
+    from execenv.providers import known_names
+
+    names = known_names()
+    known = ", ".join(map(shown, names)) or "none"
+    return (
+        f"{word!r} is no environment: neither configured (known are {known}) nor a program"
+        f"{close_to(word, names) or f'; add it with `execenv env add {word} TARGET`'}"
+    )
+
+
+def parse_location(
+    text: str,
+    aliases: Mapping[str, Target],
+    default: Target | Callable[[], Target] = "local",
+    named: Named = nothing_named,
+) -> Location:
     """Read `PATH`, `ws://HOST:PORT:PATH`, `local:PATH` or `NAME:PATH`.
 
     A path with a colon in its first name is written `./a:b`, as for scp.
+
+    Args:
+        aliases: names for this call; they come before those that are configured.
+        default: where a path without a place is, or what finds that out when there is such a path.
+        named: looks up configured names.
 
     Raises:
         UsageError: if what stands before the colon is no environment.
@@ -63,21 +110,24 @@ def parse_location(text: str, aliases: Mapping[str, Target], default: Target = "
         return Location(url[1], url[2], text)
     if text.startswith(("ws://", "wss://")):
         raise UsageError(f"{text!r} names no path: write URL:PATH, such as ws://127.0.0.1:8765:/srv")
-    named = _NAME.fullmatch(text)
-    if named is None:
-        return Location(default, text, text)
-    name, path = named[1], named[2]
+    found = _NAME.fullmatch(text)
+    if found is None:
+        return Location(default() if callable(default) else default, text, text)
+    name, path = found[1], found[2]
     if name in aliases:
         return Location(aliases[name], path, text)
     if name == "local":
         return Location("local", path, text)
+    target = named(name)
+    if target is not None:
+        return Location(target, path, text)
     raise UsageError(
-        f"{name!r} is no environment that is known here: name it by --alias {name}=TARGET, "
-        f"or write ./{text} for a file"
+        f"{name!r} is no environment that is known here: name it by --alias {name}=TARGET "
+        f"or `execenv env add {name} TARGET`, or write ./{text} for a file"
     )
 
 
-def parse_alias(text: str) -> tuple[str, Target]:
+def parse_alias(text: str, named: Named | None = None) -> tuple[str, Target]:
     """`NAME=TARGET`.
 
     Raises:
@@ -86,4 +136,4 @@ def parse_alias(text: str) -> tuple[str, Target]:
     name, equals, target = text.partition("=")
     if not equals or not name or "/" in name or ":" in name:
         raise UsageError(f"--alias takes NAME=TARGET, not {text!r}")
-    return name, parse_target(target)
+    return name, parse_target(target, named)

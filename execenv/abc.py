@@ -32,6 +32,7 @@ from execenv.protocol import (
     WalkOptions,
     WalkResult,
 )
+from execenv.status import Status
 
 
 @frozen
@@ -62,10 +63,14 @@ class Closed:
 
 @frozen
 class Lost:
-    """Events with these seqs are gone for good. What follows is still delivered."""
+    """Events with these seqs are gone for good. What follows is still delivered.
+
+    `size` is how many bytes of output they had, where that is known.
+    """
 
     from_seq: int
     to_seq: int
+    size: int | None = None
 
 
 @frozen
@@ -193,6 +198,12 @@ class Process(ABC):
     def retained(self) -> int:
         """Bytes of output that are kept here to be read again."""
         return 0
+
+    def retain_behind(self, seq: int | None, max_bytes: int = 0) -> None:  # noqa: B027
+        """Keep up to `max_bytes` of the output behind `seq`, even where that is more than usual.
+
+        Every chunk counts `CHUNK_OVERHEAD` bytes more than it has. `None`: as usual.
+        """
 
     def forget_output(self) -> None:  # noqa: B027 - nothing to do where nothing is kept
         """Give up what is retained. Who reads later sees the hole in the seqs."""
@@ -484,6 +495,9 @@ class EnvironmentBackend(ABC):
     files: FileSystem
     http: HttpClient
 
+    status: Status
+    """Whether it can be reached."""
+
     @abstractmethod
     async def info(self) -> EnvironmentInfo: ...
 
@@ -496,5 +510,5 @@ class EnvironmentBackend(ABC):
         """
 
     @abstractmethod
-    async def status(self) -> str:
-        """`"ready"`, or another word while the environment is still starting."""
+    async def probe(self) -> str:
+        """Ask it: `"ready"`, or another word while the environment is still starting."""

@@ -1,4 +1,4 @@
-"""The command line: `execenv serve`, `run`, `cp`, `ls`, `cat`, `info` and `http`.
+"""The command line: `execenv serve`, `run`, `cp`, `ls`, `cat`, `info`, `http` and `env`.
 
 Imports nothing that takes long: `serve` prints its URL before Trio is imported, and clients that connect
 meanwhile wait in the kernel's queue.
@@ -39,6 +39,20 @@ Examples:
   execenv cp report.pdf ws://127.0.0.1:8765:/srv/
   execenv cp -r ws://127.0.0.1:8765:/var/log logs
   execenv cp -r --alias box="ssh devbox execenv serve --listen stdio" src box:work/
+"""
+
+EPILOG_ENV = """
+Which there are is said by the first of these that is there, alone: $XDG_CONFIG_HOME/execenv/environments.toml
+(the file that these commands edit); EXECENV_URL, a URL or 'none'; codex's own CODEX_EXEC_SERVER_NOISE_*
+variables, environments.toml in CODEX_HOME, and CODEX_EXEC_SERVER_URL. The first two also say where commands
+run without --env; without them that is here.
+
+\b
+Examples:
+  execenv env add devbox ws://127.0.0.1:8765 --default
+  execenv env add build -- ssh build execenv serve --listen stdio
+  execenv env check
+  execenv run --env build -- make
 """
 
 EPILOG_HTTP = """
@@ -110,10 +124,9 @@ _debug_option = click.option("--debug", is_flag=True, help="Log everything to st
 _env_option = click.option(
     "--env",
     "target",
-    default="local",
-    show_default=True,
     metavar="TARGET",
-    help="Where: 'local', a ws:// or wss:// URL, or a command that speaks the protocol over stdio.",
+    help="Where: a configured name (see execenv env), 'local', a ws:// or wss:// URL, or a command that "
+    "speaks the protocol over stdio.  [default: that of EXECENV_URL or of execenv's own file, else local]",
 )
 _bootstrap_option = click.option(
     "--bootstrap",
@@ -183,8 +196,9 @@ def cli() -> None:
     "--detached-ttl",
     default="80",
     show_default=True,
-    metavar="SECONDS|never",
-    help="How long a session waits for its client to come back.",
+    metavar="TIME|running=TIME,exited=TIME",
+    help="How long a session waits for its client to come back: seconds, or 'never' for no end of it. "
+    "'running' is for a session with a process that runs, 'exited' from the last exit on.",
 )
 @click.option(
     "--max-message",
@@ -225,7 +239,7 @@ def serve(
     # Until Trio has its own handlers a signal ends us here; nothing was started yet.
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: os._exit(0))
-    ttl = _seconds(detached_ttl, "--detached-ttl")
+    ttl = _detached_ttl(detached_ttl)
     auth_options = {
         "token_file": ws_token_file,
         "token_sha256": ws_token_sha256,
@@ -251,13 +265,15 @@ def serve(
     bound = sock.getsockname()
     shown = f"[{bound[0]}]" if ":" in bound[0] else bound[0]
     click.echo(f"ws://{shown}:{bound[1]}")
+    from execenv.server import DetachedTtl  # imports Trio
+
     _run_server(
         debug,
         "serve_websocket",
         sock,
         auth=auth,
         max_message=max_message,
-        detached_ttl=ttl,
+        detached_ttl=DetachedTtl(**ttl),
         retained_bytes=retain,
     )
 
@@ -286,16 +302,35 @@ def _authenticator(mode: str | None, options: dict[str, Any]) -> Authenticator |
         raise click.ClickException(str(error)) from error
 
 
-def _seconds(text: str, option: str) -> float:
-    if text == "never":
+def _detached_ttl(text: str) -> dict[str, float]:
+    """The arguments of `execenv.server.DetachedTtl`, which would import Trio."""
+    if "=" not in text:
+        return {"running": _seconds(text, text)}
+    times = {"running": 80.0, "exited": 80.0}
+    named = [part.strip().partition("=") for part in text.split(",")]
+    names = [name for name, _, _ in named]
+    if not times.keys() >= set(names) or len(set(names)) < len(names):
+        raise _bad_ttl(text)
+    return times | {name: _seconds(time, text) for name, _, time in named}
+
+
+def _seconds(time: str, text: str) -> float:
+    if time == "never":
         return math.inf
     try:
-        seconds = float(text)
+        seconds = float(time)
     except ValueError:
         seconds = -1.0
     if math.isnan(seconds) or seconds < 0:
-        raise click.ClickException(f"{option} takes a number of seconds or 'never', not {text!r}")
+        raise _bad_ttl(text)
     return seconds
+
+
+def _bad_ttl(text: str) -> click.ClickException:
+    return click.ClickException(
+        "--detached-ttl takes a number of seconds, 'never', or both kinds of session by name "
+        f"(running=never,exited=3600), not {text!r}"
+    )
 
 
 def _listen_address(listen: str) -> tuple[str, int]:
@@ -347,7 +382,7 @@ def _bound_socket(host: str, port: int) -> socket.socket:
 @_debug_option
 @click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
-    target: str,
+    target: str | None,
     bootstrap: bool,
     token_file: str | None,
     tty: bool,
@@ -366,7 +401,7 @@ def run(
     where, token = _target(target, bootstrap), _token(token_file)
     job = _run_command.Job(
         target=where,
-        token=None if where == "local" else token,
+        token=token if isinstance(where, str) and where != "local" else None,
         argv=argv,
         tty=tty,
         cwd=cwd,
@@ -400,6 +435,8 @@ def cp(
 ) -> None:
     """Copy files and trees between environments: PATH is here, URL:PATH or NAME:PATH elsewhere.
 
+    NAME is a configured environment, or an alias.
+
     Into DST if that is a directory, else to exactly DST. Permissions and times are kept, links are followed.
     What was cut goes on where it was, and what is there already is left alone, when the same is copied again.
     """
@@ -429,7 +466,7 @@ def cp(
 def ls(
     paths: tuple[str, ...],
     long: bool,
-    target: str,
+    target: str | None,
     bootstrap: bool,
     aliases: tuple[str, ...],
     token_file: str | None,
@@ -453,7 +490,7 @@ def ls(
 @click.argument("paths", nargs=-1, required=True)
 def cat(
     paths: tuple[str, ...],
-    target: str,
+    target: str | None,
     bootstrap: bool,
     aliases: tuple[str, ...],
     token_file: str | None,
@@ -476,7 +513,7 @@ def cat(
 @_token_option
 @_json_option
 @_debug_option
-def info(target: str, bootstrap: bool, token_file: str | None, as_json: bool, debug: bool) -> None:
+def info(target: str | None, bootstrap: bool, token_file: str | None, as_json: bool, debug: bool) -> None:
     """Show what an environment says of itself."""
     from functools import partial
 
@@ -509,7 +546,7 @@ def info(target: str, bootstrap: bool, token_file: str | None, as_json: bool, de
 @click.argument("url")
 def http(
     url: str,
-    target: str,
+    target: str | None,
     bootstrap: bool,
     token_file: str | None,
     method: str | None,
@@ -543,6 +580,129 @@ def http(
         as_json=as_json,
     )
     _exit_with(debug, _data_commands.run_http, job)
+
+
+@cli.group("env", epilog=EPILOG_ENV)
+def environments() -> None:
+    """Name environments, and see whether they work."""
+
+
+@environments.command("list")
+@_json_option
+@_debug_option
+def list_environments(as_json: bool, debug: bool) -> None:
+    """List the environments that are known, and what says so."""
+    from execenv import _env_commands
+
+    _exit_with(debug, _env_commands.run_list, as_json)
+
+
+@environments.command("show")
+@_json_option
+@_debug_option
+@click.argument("name", required=False)
+def show_environment(name: str | None, as_json: bool, debug: bool) -> None:
+    """Show how an environment is reached, or the default one. Secrets are left out."""
+    from execenv import _env_commands
+
+    _exit_with(debug, _env_commands.run_show, name, as_json)
+
+
+@environments.command("add")
+@click.option("--token-file", metavar="PATH", help="URL: the file that will hold the bearer token.")
+@click.option("--token-env", metavar="VARIABLE", help="URL: the variable that will hold the bearer token.")
+@click.option("--cwd", metavar="DIR", help="COMMAND: the directory of this machine to start it in.")
+@click.option(
+    "-e",
+    "--set-env",
+    "assignments",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="COMMAND: set a variable for it.",
+)
+@click.option("--bootstrap", is_flag=True, help="COMMAND: bring execenv along to where it leads.")
+@click.option("--connect-timeout", type=float, metavar="SECONDS", help="URL: for the websocket (10).")
+@click.option(
+    "--initialize-timeout", type=float, metavar="SECONDS", help="For the handshake behind that (10)."
+)
+@click.option("--replace", is_flag=True, help="Replace the environment of that name, if there is one.")
+@click.option("--default", "is_default", is_flag=True, help="Make it the default.")
+@_debug_option
+@click.argument("name")
+@click.argument("words", nargs=-1, required=True, type=click.UNPROCESSED, metavar="URL | -- COMMAND...")
+def add_environment(
+    name: str,
+    words: tuple[str, ...],
+    token_file: str | None,
+    token_env: str | None,
+    cwd: str | None,
+    assignments: tuple[str, ...],
+    bootstrap: bool,
+    connect_timeout: float | None,
+    initialize_timeout: float | None,
+    replace: bool,
+    is_default: bool,
+    debug: bool,
+) -> None:
+    """Add an environment to execenv's own file. Tokens are not written there, only where they are kept."""
+    from execenv import _env_commands
+
+    addition = _env_commands.Addition(
+        name=name,
+        words=words,
+        token_file=token_file,
+        token_env=token_env,
+        cwd=cwd,
+        extra_env=dict(map(_assignment, assignments)),
+        bootstrap=bootstrap,
+        connect_timeout=connect_timeout,
+        initialize_timeout=initialize_timeout,
+        replace=replace,
+        is_default=is_default,
+    )
+    _env_commands.add(addition)
+
+
+@environments.command("remove")
+@_debug_option
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+def remove_environments(names: tuple[str, ...], debug: bool) -> None:
+    """Remove environments from execenv's own file."""
+    from execenv import _env_commands
+
+    _env_commands.remove(names)
+
+
+@environments.command("default")
+@_debug_option
+@click.argument("name", required=False, metavar="[NAME|none]")
+def default_environment(name: str | None, debug: bool) -> None:
+    """Make an environment the default in execenv's own file, or say which it is.
+
+    With 'none' commands are refused that do not say where, by --env.
+    """
+    from execenv import _env_commands
+
+    if name is None:
+        click.echo(_env_commands.default() or "none")
+    else:
+        _env_commands.set_default(None if name.lower() == "none" else name)
+
+
+@environments.command("check")
+@_token_option
+@_json_option
+@_debug_option
+@click.argument("targets", nargs=-1, metavar="[NAME...]")
+def check_environments(targets: tuple[str, ...], token_file: str | None, as_json: bool, debug: bool) -> None:
+    """Connect to environments, all if none is named, and say what works there and what does not.
+
+    The exit status is 1 if one cannot be used.
+    """
+    from execenv import _env_commands
+
+    chosen = [(text, _target(text)) for text in targets] if targets else _env_commands.all_targets()
+    _exit_with(debug, _env_commands.run_check, chosen, _token(token_file), as_json)
 
 
 def _exit_with(debug: bool, command: Callable[..., Any], *args: Any) -> NoReturn:
@@ -581,39 +741,49 @@ def _file(path: str, named: str = "") -> bytes:
 
 
 def _locations(
-    texts: Sequence[str], aliases: Sequence[str], default: str = "local", *, bootstrap: bool
+    texts: Sequence[str], aliases: Sequence[str], default: str | None = "local", *, bootstrap: bool
 ) -> list[Location]:
-    from execenv._locations import parse_alias, parse_location, parse_target
+    from execenv._locations import parse_alias, parse_location
     from execenv.errors import UsageError
+    from execenv.providers import named_target
 
     try:
-        known = {name: _brought(target, bootstrap) for name, target in map(parse_alias, aliases)}
-        elsewhere = _brought(parse_target(default), bootstrap)
-        return [parse_location(text, known, elsewhere) for text in texts]
+        named = [parse_alias(text, named_target) for text in aliases]
+        known = {name: _brought(target, bootstrap) for name, target in named}
+        return [
+            parse_location(text, known, lambda: _brought(_target(default), bootstrap), named_target)
+            for text in texts
+        ]
     except UsageError as error:
         raise click.ClickException(str(error)) from error
 
 
-def _target(text: str, bootstrap: bool) -> Target:
+def _target(text: str | None, bootstrap: bool = False) -> Target:
     from execenv._locations import parse_target
     from execenv.errors import UsageError
+    from execenv.providers import default_target, named_target
 
     try:
-        target = _brought(parse_target(text), bootstrap)
+        target = default_target() if text is None else parse_target(text, named_target)
     except UsageError as error:
         raise click.ClickException(str(error)) from error
-    if bootstrap and isinstance(target, str):
-        raise click.ClickException(
-            f"--bootstrap is for a command, such as 'ssh devbox', and not for {text!r}"
-        )
-    return target
+    brought = _brought(target, bootstrap)
+    if bootstrap and brought is target:
+        shown = "the default environment" if text is None else repr(text)
+        raise click.ClickException(f"--bootstrap is for a command, such as 'ssh devbox', and not for {shown}")
+    return brought
 
 
 def _brought(target: Target, bootstrap: bool) -> Target:
-    if bootstrap and isinstance(target, list):
-        from execenv.targets import CommandTarget
+    """The same, for a command with `--bootstrap` as one that execenv is brought along to."""
+    from attrs import evolve
 
+    from execenv.targets import CommandTarget
+
+    if bootstrap and isinstance(target, list):
         return CommandTarget(tuple(target), bootstrap=True)
+    if bootstrap and isinstance(target, CommandTarget):
+        return evolve(target, bootstrap=True)
     return target
 
 

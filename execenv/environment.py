@@ -32,6 +32,7 @@ from execenv.http import Http
 from execenv.paths import PathUri, PathUriError
 from execenv.process import Inbox, Process
 from execenv.protocol import EnvironmentInfo, EnvPolicy, ProcessStartParams
+from execenv.status import Status
 
 TERMINATE_DEADLINE = 15.0
 """Seconds that leaving a block waits for the environment to end a process, when nothing else does."""
@@ -110,16 +111,21 @@ class Environment:
 
     @property
     def session_id(self) -> str | None:
-        """The session on the server, to resume it with; a secret. `None` where there is none (local)."""
+        """The session on the server, to resume it with; a secret. `None` where there is none, or not yet."""
         return getattr(self._backend, "session_id", None)
 
     async def info(self) -> EnvironmentInfo:
         """Shell, working directory and what else the environment says of itself."""
         return await self._backend.info()
 
-    async def status(self) -> str:
-        """`"ready"` when the environment answers and can run things."""
-        return await self._backend.status()
+    @property
+    def status(self) -> Status:
+        """Whether it can be reached: `env.status.state`, and `async for change in env.status`."""
+        return self._backend.status
+
+    async def probe(self) -> str:
+        """Ask it: `"ready"` when the environment answers and can run things."""
+        return await self._backend.probe()
 
     def path(self, path: str | PathUri) -> EnvironmentPath:
         """A path object for the files of this environment. The path must be absolute.

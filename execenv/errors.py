@@ -8,6 +8,7 @@ The tree says whose fault an error is:
 * `HttpFailed`: the environment answered, but the server that it was to ask did not, or not well.
 * `OutputGap`: output was lost for good; what follows it is still delivered.
 * `UsageError`: the call itself was wrong; its message shows the right one.
+* `ConfigError`: a file or a variable that says which environments there are is wrong.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
     from execenv.paths import PathUri
 
 __all__ = [
+    "ConfigError",
     "ConnectFailed",
     "ConnectionLost",
+    "EnvironmentUnavailable",
     "ExecenvError",
     "HttpFailed",
     "InternalError",
@@ -33,6 +36,7 @@ __all__ = [
     "MethodNotFound",
     "NotFound",
     "NotSupported",
+    "Outcome",
     "OutputGap",
     "ProcessFailed",
     "ProcessNotStarted",
@@ -48,24 +52,99 @@ __all__ = [
 ]
 
 
+Outcome = Literal["not sent", "not done", "done", "unknown"]
+
+
 class ExecenvError(Exception):
-    """The base of every error that execenv raises on purpose."""
+    """The base of every error that execenv raises on purpose.
+
+    Attributes:
+        outcome: what became of the call that raised it. `"not sent"`: the environment never heard of it;
+            `"not done"`: it did, and refused or failed; `"done"`: it was done, and what came of it is the
+            error; `"unknown"`: it may have been done, or a part of it.
+    """
+
+    outcome: Outcome = "unknown"
 
 
 class UsageError(ExecenvError):
     """The call was wrong: two tasks read one stream, an argument does not fit. Nothing was done."""
 
+    outcome = "not sent"
+
+
+class EnvironmentUnavailable(UsageError):
+    """No such environment is known, or there is none by default. Nothing ran, here or elsewhere.
+
+    Attributes:
+        environment_id: the one that was asked for; `None` for the default.
+    """
+
+    def __init__(self, message: str, environment_id: str | None = None) -> None:
+        super().__init__(message)
+        self.environment_id = environment_id
+
+
+class ConfigError(ExecenvError):
+    """What says which environments there are, a file or a variable, cannot be used as it is.
+
+    The text says what is wrong with it, where, and what to write instead. It never holds a token.
+
+    Attributes:
+        file: its path; `None` for variables.
+        line: the line of the file that is at fault; `None` if it is the file as a whole.
+        key: the key at fault, such as `environments[0].url`, or the variable; `None` where there is none.
+        problem: what is wrong, without the place.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        file: str | None = None,
+        line: int | None = None,
+        key: str | None = None,
+        verb: str = "",
+    ) -> None:
+        where = f"{file}, line {line}" if line else file
+        place = f"failed to {verb} environment config {where}: " if verb else f"{where}: " if file else ""
+        super().__init__(place + problem)
+        self.problem = problem
+        self.file = file
+        self.line = line
+        self.key = key
+
 
 class NotSupported(ExecenvError):
     """This environment cannot do what was asked, and nothing was done. The message says what can."""
 
+    outcome = "not done"
+
 
 class ConnectionLost(ExecenvError):
-    """The connection to an environment ended. Calls that were waiting, and all later ones, raise this."""
+    """The connection to an environment ended, and what was asked could not be asked again.
+
+    Calls that may be repeated wait until the connection is there again, and don't raise this then. `outcome`
+    says whether the others may have been done.
+    """
+
+    def __init__(self, message: str, outcome: Outcome = "unknown") -> None:
+        super().__init__(message)
+        self.outcome = outcome
 
 
 class ConnectFailed(ExecenvError):
-    """An environment could not be reached, or did not finish the handshake. Nothing ran there."""
+    """An environment could not be reached, or did not finish the handshake. Nothing ran there.
+
+    Attributes:
+        retryable: whether it may be otherwise in a moment. False where the answer was a refusal.
+    """
+
+    outcome = "not sent"
+
+    def __init__(self, message: str, *, retryable: bool = True) -> None:
+        super().__init__(message)
+        self.retryable = retryable
 
 
 class ProtocolViolation(ExecenvError):
@@ -80,6 +159,7 @@ class RpcError(ExecenvError):
         message: the other side's own words.
     """
 
+    outcome = "not done"
     code = -32603
 
     def __init__(self, message: str, code: int | None = None) -> None:
@@ -125,14 +205,19 @@ class SessionAttached(RpcError):
     code = -32010
 
 
+TRANSPORT_CLOSED = (-32000, "JSON-RPC transport closed")
+"""How a server behind a server says that it lost the one that was to answer (environments.md §1.4)."""
+
 _BY_CODE: dict[int, type[RpcError]] = {
     cls.code: cls
     for cls in (InvalidRequest, MethodNotFound, InvalidParams, InternalError, NotFound, SessionAttached)
 }
 
 
-def error_from_code(code: int, message: str) -> RpcError:
+def error_from_code(code: int, message: str) -> ExecenvError:
     """The exception for an error object that arrived: a subclass where the code has one."""
+    if (code, message) == TRANSPORT_CLOSED:
+        return ConnectionLost(message)
     return _BY_CODE.get(code, RpcError)(message, code)
 
 
@@ -214,6 +299,8 @@ class ProcessNotStarted(ExecenvError):
         environment: the name of the environment that was to run it.
     """
 
+    outcome = "not done"
+
     def __init__(self, program: str, environment: str, reason: str) -> None:
         super().__init__(f"cannot start {program!r} in {environment}: {reason}")
         self.program = program
@@ -230,6 +317,8 @@ class ProcessFailed(ExecenvError):
         stdout, stderr: what was captured, `None` where nothing was to be captured.
         receipt: what had to be stopped when the process ended (descendants that it left behind).
     """
+
+    outcome = "done"
 
     def __init__(
         self,
@@ -255,6 +344,13 @@ class ProcessFailed(ExecenvError):
 
 
 HttpFailure = Literal["invalid", "request", "redirect", "body", "timeout"]
+_HTTP_OUTCOMES: dict[HttpFailure, Outcome] = {
+    "invalid": "not done",
+    "request": "unknown",  # it may have arrived, and only the answer not
+    "redirect": "unknown",
+    "body": "done",
+    "timeout": "unknown",
+}
 
 
 class HttpFailed(ExecenvError):
@@ -271,6 +367,7 @@ class HttpFailed(ExecenvError):
 
     def __init__(self, method: str, url: str, environment: str, kind: HttpFailure, reason: str) -> None:
         super().__init__(f"{method} {url} in {environment}: {reason}")
+        self.outcome = _HTTP_OUTCOMES[kind]
         self.method = method
         self.url = url
         self.environment = environment
@@ -284,9 +381,14 @@ class OutputGap(ExecenvError):
 
     Attributes:
         from_seq, to_seq: the first and last sequence number that are missing.
+        bytes: how much output that was, of all streams together; `None` if it is not known.
     """
 
-    def __init__(self, from_seq: int, to_seq: int) -> None:
-        super().__init__(f"output with seq {from_seq} to {to_seq} was lost before it could be read")
+    outcome = "done"
+
+    def __init__(self, from_seq: int, to_seq: int, bytes: int | None = None) -> None:  # noqa: A002
+        amount = "" if bytes is None else f" ({bytes} bytes)"
+        super().__init__(f"output with seq {from_seq} to {to_seq}{amount} was lost before it could be read")
         self.from_seq = from_seq
         self.to_seq = to_seq
+        self.bytes = bytes

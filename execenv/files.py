@@ -71,9 +71,9 @@ class Files:
             return
         if not follow_symlinks:
             raise UsageError("an atomic write replaces a link itself: follow_symlinks has no meaning there")
-        from execenv.transfer import write_atomically
+        from execenv.transfer import persist, write_atomically
 
-        await write_atomically(self._backend, where, _one(data))
+        await persist(lambda: write_atomically(self._backend, where, _one(data)))
 
     async def create_directory(
         self, path: AnyPath, *, recursive: bool = True, follow_symlinks: bool = True

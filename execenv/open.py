@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import trio
 
@@ -13,6 +15,7 @@ from execenv.errors import ConnectFailed, UsageError
 from execenv.targets import (
     CONNECT_TIMEOUT,
     INITIALIZE_TIMEOUT,
+    RECOVERY,
     CommandTarget,
     LocalTarget,
     Target,
@@ -29,6 +32,8 @@ async def open_environment(
     *,
     bearer_token: str | None = None,
     resume_session_id: str | None = None,
+    connect: bool = True,
+    recovery: float = RECOVERY,
     connect_timeout: float = CONNECT_TIMEOUT,
     initialize_timeout: float = INITIALIZE_TIMEOUT,
 ) -> AsyncIterator[Environment]:
@@ -42,6 +47,12 @@ async def open_environment(
         bearer_token: for a websocket server that wants one. Never put it into the URL.
         resume_session_id: a session (`Environment.session_id`) of this server to go on with; what was
             started there detached is found again by `Environment.attach`.
+        connect: now. Without it the environment is opened, without waiting, at its first use.
+        recovery: seconds that a lost connection to a websocket server is made again, at once and then with
+            growing delays, to go on with the same session; `math.inf` for ever, 0 not at all. Calls wait
+            meanwhile, unless they are made in a block of `execenv.fail_fast()`. Output arrives once and
+            whole, or `OutputGap` says what is missing. If the session is lost, its processes are, with
+            `ConnectionLost`; the next call opens another session. A command is not started again.
         connect_timeout, initialize_timeout: seconds for the transport and for the handshake.
 
     Raises:
@@ -58,28 +69,25 @@ async def open_environment(
             yield Environment(local)
         return
     from execenv.remote.connection import open_remote
+    from execenv.remote.session import Recovery
 
     if isinstance(where, WebsocketTarget):
-        channel = await _connect(where)
-        async with open_remote(
-            channel, resume_session_id=resume_session_id, initialize_timeout=where.initialize_timeout
-        ) as remote:
-            yield Environment(remote)
-        return
-    from execenv._command import open_command
-
-    bootstrap_timeout = where.initialize_timeout if where.bootstrap else None
-    async with (
-        open_command(where.argv, env=where.env, cwd=where.cwd, bootstrap_timeout=bootstrap_timeout) as pipe,
-        AsyncExitStack() as stack,
-    ):
-        remote_opening = open_remote(
-            pipe, resume_session_id=resume_session_id, initialize_timeout=where.initialize_timeout
-        )
-        try:
-            remote = await stack.enter_async_context(remote_opening)
-        except ConnectFailed as error:
-            raise await pipe.explained(error) from error
+        websocket = where
+        dial, name = partial(_dial, websocket), f"websocket {shown_url(websocket.url)}"
+        redial = True
+    else:
+        command = where
+        dial, name = partial(_start, command), f"stdio of {command.argv[0]}"
+        redial = False  # what ran there has ended with it (environments.md §2)
+    async with open_remote(
+        dial,
+        name,
+        resume_session_id=resume_session_id,
+        initialize_timeout=where.initialize_timeout,
+        redial=redial,
+        recovery=Recovery(recovery) if redial and recovery > 0 else None,
+        connect=connect,
+    ) as remote:
         yield Environment(remote)
 
 
@@ -104,19 +112,37 @@ def _target(
     )
 
 
-async def _connect(target: WebsocketTarget) -> Channel:
+@asynccontextmanager
+async def _dial(target: WebsocketTarget) -> AsyncIterator[Channel]:
     from execenv.transports import websocket
 
-    token = target.bearer_token
+    token = target.read_token()
     headers = [(b"Authorization", b"Bearer " + token.encode())] if token else []
     try:
         with trio.fail_after(target.connect_timeout):
-            return await websocket.connect(target.url, headers=headers)
+            channel = await websocket.connect(target.url, headers=headers)
     except trio.TooSlowError as error:
         raise ConnectFailed(
-            f"no websocket connection to {_shown(target.url)} within {target.connect_timeout:g} s"
+            f"no websocket connection to {shown_url(target.url)} within {target.connect_timeout:g} s"
         ) from error
+    yield channel
 
 
-def _shown(url: str) -> str:
-    return url.partition("?")[0].rpartition("@")[2]
+@asynccontextmanager
+async def _start(target: CommandTarget) -> AsyncIterator[Channel]:
+    from execenv._command import open_command
+
+    bootstrap_timeout = target.initialize_timeout if target.bootstrap else None
+    async with open_command(
+        target.argv, env=target.env, cwd=target.cwd, bootstrap_timeout=bootstrap_timeout
+    ) as channel:
+        try:
+            yield channel
+        except ConnectFailed as error:
+            raise await channel.explained(error) from error
+
+
+def shown_url(url: str) -> str:
+    """A URL for messages: without user, password and query, which may hold secrets."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -100,7 +100,7 @@ class Inbox:
                 other = self._queues[stream]
                 if other and other[0] is event:
                     other.popleft()
-            raise OutputGap(event.from_seq, event.to_seq)
+            raise OutputGap(event.from_seq, event.to_seq, event.size)
         self._size -= len(event.data)
         if self._size < self._limit:
             self._room.unpark_all()

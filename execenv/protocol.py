@@ -45,6 +45,9 @@ SERVER_CAPABILITIES = {
 }
 """What this server has beyond the core protocol, as `environmentInfo.capabilities` says it."""
 
+CHUNK_OVERHEAD = 128
+"""What a piece of output counts in a window beside its bytes: both ends keep more of it than those."""
+
 extension: dict[str, bool] = {"omit_default": True}
 """Field metadata: a member of ours alone, or one that only newer peers know. Not sent when at its default."""
 
@@ -150,8 +153,8 @@ class ProcessStartParams:
     shell_snapshot: Any = field(default=None, metadata=extension)
     credential_providers: Any = field(default=None, metadata=extension)
     output_window: U64 | None = field(default=None, metadata=extension)
-    """Ours: the child is held back while more bytes than this are on their way to the client, which says
-    with `process/outputTaken` what it took."""
+    """Ours: the child is held back while more than this is on its way to the client, which says with
+    `process/outputTaken` what it took. Each chunk counts its bytes and `CHUNK_OVERHEAD`, at both ends."""
 
 
 @frozen
@@ -186,6 +189,9 @@ class ProcessReadResult:
     closed: bool = False
     failure: str | None = None
     sandbox_denied: bool = False
+    evicted_bytes: int = field(default=0, metadata=extension)
+    """Ours: how much output the process has had that is not retained any more: all before the first
+    chunk that is."""
 
 
 @frozen
@@ -253,7 +259,10 @@ class ProcessResizeParams:
 
 @frozen
 class ProcessOutputTakenParams:
-    """Ours: the client took all output up to `seq`; with `window`, that is the window from now on."""
+    """Ours: the client took all output up to `seq`; with `window`, that is the window from now on.
+
+    After a resume the first one also says that the client still keeps to the window that it had.
+    """
 
     process_id: str
     seq: U64

@@ -157,19 +157,25 @@ class Peer:
         self._requests = 0
         self._request_bytes = 0
         self._nursery: trio.Nursery | None = None
+        self.on_end: Callable[[], object] = lambda: None
+        """Called when the channel has ended, before the waiting calls fail, and while the handlers are still
+        being cancelled, which may go on for a while."""
 
     async def run(self) -> None:
         """Serve until the channel ends. Handlers that still wait are cancelled; waiting calls fail."""
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                await self.channel.run(self._receive)
-                nursery.cancel_scope.cancel()
+                try:
+                    await self.channel.run(self._receive)
+                finally:
+                    nursery.cancel_scope.cancel()
+                    self.on_end()
         finally:
             self._nursery = None
             self.channel.close_nowait()
             for call in self._waiting.values():
-                call.settle(outcome.Error(self.channel.lost()))
+                call.settle(outcome.Error(self.channel.lost("unknown")))
             self._waiting.clear()
 
     # Calling.

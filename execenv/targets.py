@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TypeAlias
 
 from attrs import field, frozen
 
+from execenv.errors import ConnectFailed
+
 CONNECT_TIMEOUT = 10.0  # environments.md §1.1
 INITIALIZE_TIMEOUT = 10.0
+RECOVERY = 45.0
+"""Seconds that a client tries to get its session back (real-client.md, "Cuts")."""
+MAX_TOKEN = 64 * 1024
+
+
+def is_token(text: str) -> bool:
+    """Whether it can stand in a header as a bearer token."""
+    return bool(text.strip()) and text.isascii() and text.isprintable()
 
 
 @frozen
@@ -24,12 +35,40 @@ class WebsocketTarget:
         url: `ws://` or `wss://`.
         bearer_token: for a server that wants one.
         connect_timeout, initialize_timeout: seconds for the websocket and for the handshake behind it.
+        bearer_token_file, bearer_token_env: the file or the variable that holds the token instead. Looked at
+            whenever a connection is opened.
     """
 
     url: str
     bearer_token: str | None = field(default=None, repr=False)
     connect_timeout: float = CONNECT_TIMEOUT
     initialize_timeout: float = INITIALIZE_TIMEOUT
+    bearer_token_file: str | None = None
+    bearer_token_env: str | None = None
+
+    def read_token(self) -> str | None:
+        """The token to show now, wherever it is kept; `None` without one. Reads a small file.
+
+        Raises:
+            ConnectFailed: if the file or the variable has none; names it, and says nothing of what it holds.
+        """
+        if self.bearer_token_file is not None:
+            source = f"the token file {self.bearer_token_file}"
+            try:
+                with open(self.bearer_token_file, "rb") as file:
+                    token = file.read(MAX_TOKEN + 1).decode(errors="replace").strip()
+            except OSError as error:
+                raise ConnectFailed(f"cannot read {source}: {error.strerror}") from error
+        elif self.bearer_token_env is not None:
+            source = f"the variable {self.bearer_token_env}"
+            if self.bearer_token_env not in os.environ:
+                raise ConnectFailed(f"{source}, which is to hold the bearer token, is not set")
+            token = os.environ[self.bearer_token_env].strip()
+        else:
+            return self.bearer_token
+        if not is_token(token) or len(token) > MAX_TOKEN:
+            raise ConnectFailed(f"{source} holds no bearer token: it should be one line of ASCII")
+        return token
 
 
 @frozen

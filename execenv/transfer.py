@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from hashlib import sha256
-from typing import Literal
+from typing import Literal, TypeVar
 
 import trio
 from attrs import Factory, define, frozen
 
 from execenv._service import open_nursery
 from execenv.abc import FileHandle, FileSystem
-from execenv.errors import NotSupported, file_error
+from execenv.errors import ConnectionLost, NotSupported, file_error
 from execenv.paths import PathUri
 from execenv.protocol import ONE_DIRECTORY, DirectoryEntry, FileMetadata
+
+R = TypeVar("R")
 
 FILES_AT_ONCE = 32
 """Small files spend their time waiting for answers; so many wait together."""
@@ -32,6 +35,9 @@ LARGE_AT_ONCE = 4
 
 SMALL = 256 * 1024
 """Bytes up to which a file is read and written in one call each."""
+
+TRIES = 5
+"""Connections that may be lost one after the other without a byte having arrived in between."""
 
 PLANNED = 256
 """Files that are found before they are copied."""
@@ -78,6 +84,18 @@ class TransferReport:
     metadata_kept: bool = True
 
 
+async def persist(call: Callable[[], Awaitable[R]]) -> R:
+    """Do what can be done twice again after a lost connection. The next call waits for another one.
+
+    Raises:
+        ConnectionLost: if there is none, or each is lost in turn.
+    """
+    for _ in range(TRIES - 1):
+        with suppress(ConnectionLost):
+            return await call()
+    return await call()
+
+
 @asynccontextmanager
 async def open_this_machine() -> AsyncIterator[FileSystem]:
     """The files of this machine."""
@@ -105,7 +123,8 @@ async def copy(
 
     Links are followed; links that lead nowhere are left out. Permissions and the time of the last change are
     kept. An existing directory is merged into, an existing file replaced. What fails midway leaves what was
-    copied, and goes on from there when it is called again.
+    copied, and goes on from there when it is called again. After a lost connection it does so by itself, if
+    there is another one.
 
     Args:
         atomic: each file is on the disk before it gets its name.
@@ -230,6 +249,15 @@ class _Directory:
     copied: PathUri
 
 
+@define
+class _Share:
+    """What of the report and the progress is due to one file."""
+
+    begun: bool = False
+    resumed: int = 0
+    copied: int = 0
+
+
 class _Transfer:
     def __init__(
         self,
@@ -271,7 +299,7 @@ class _Transfer:
                 for _ in range(FILES_AT_ONCE):
                     nursery.start_soon(self._copy_found, receive.clone())
         for directory in reversed(made):  # last: writing into one changes it
-            await self._keep_metadata(directory.copied, directory.found)
+            await persist(partial(self._keep_metadata, directory.copied, directory.found))
 
     async def _directories(
         self, source: PathUri, found: FileMetadata, destination: PathUri
@@ -313,7 +341,7 @@ class _Transfer:
             for directory in directories:
                 try:
                     entries = await self._entries(directory)
-                    await self.destination.create_directory(directory.copied)
+                    await persist(partial(self.destination.create_directory, directory.copied))
                     made.append(directory)
                     self.report.skipped += [path for path, kind in entries if kind == "other"]
                     files = [path for path, kind in entries if kind == "file"]
@@ -367,19 +395,36 @@ class _Transfer:
     async def file(self, source: PathUri, found: FileMetadata, destination: PathUri) -> None:
         """Copy one file, or see that it is there."""
         self.progress.path = source
+        share = _Share()
+        lost = 0
+        while True:
+            arrived = share.copied
+            try:
+                await self._file(source, found, destination, share)
+                break
+            except ConnectionLost:
+                # What follows waits until there is another connection, or fails if there will be none.
+                lost = 1 if share.copied > arrived else lost + 1
+                if lost == TRIES:
+                    raise
+        self.progress.done_files += 1
+        self.tell()
+
+    async def _file(self, source: PathUri, found: FileMetadata, destination: PathUri, share: _Share) -> None:
         before = await self._look(destination)
         if before is not None and before.is_directory:
             raise file_error(errno.EISDIR, destination)
         if before is not None and _same(before, found):
             if None not in (before.mode, found.mode) and before.mode != found.mode:
                 await self._keep_metadata(destination, found)
-            self.report.unchanged += 1
-            self.progress.done_bytes += found.size
+            if share.begun:  # by us: only the answer to the last call was lost
+                self.report.files += 1
+            else:
+                self.report.unchanged += 1
+                self.progress.done_bytes += found.size
         else:
-            await self._copy(source, found, destination)
+            await self._copy(source, found, destination, share)
             self.report.files += 1
-        self.progress.done_files += 1
-        self.tell()
 
     async def _look(self, path: PathUri) -> FileMetadata | None:
         try:
@@ -387,11 +432,11 @@ class _Transfer:
         except FileNotFoundError:
             return None
 
-    async def _copy(self, source: PathUri, found: FileMetadata, destination: PathUri) -> None:
+    async def _copy(self, source: PathUri, found: FileMetadata, destination: PathUri, share: _Share) -> None:
         if not await self.destination.can_transfer():
             if self._atomic:
                 raise NotSupported("the destination has no call for an atomic write")
-            await self._copy_in_place(source, destination)
+            await self._copy_in_place(source, destination, share)
             return
         part = _sibling(destination, _version(source, found))
         with _named(part, destination):
@@ -399,10 +444,11 @@ class _Transfer:
                 if found.size <= SMALL and not self._atomic and not _is_private(found.mode):
                     data = await self.source.read_file(source)
                     await self.destination.write_file(part, data)
-                    self._count(len(data))
+                    self._begin(share, 0)
+                    self._count(share, len(data))
                 else:
                     async with self._large:
-                        await self._continue(source, part, found)
+                        await self._continue(source, part, found, share)
                 await self._keep_metadata(part, found)
                 await self.destination.rename(part, destination, sync=self._atomic)
             except OSError:
@@ -411,7 +457,7 @@ class _Transfer:
                     await self.destination.remove(part, recursive=False)
                 raise
 
-    async def _continue(self, source: PathUri, part: PathUri, found: FileMetadata) -> None:
+    async def _continue(self, source: PathUri, part: PathUri, found: FileMetadata, share: _Share) -> None:
         reader = await self.source.open(source)
         async with _closing(reader):
             writer = await self.destination.open(part, "update")
@@ -419,18 +465,18 @@ class _Transfer:
                 if _is_private(found.mode):  # what is not for everybody to read is not that while it arrives
                     await self.destination.set_metadata(part, mode=0o600)
                 offset = min((await self.destination.get_metadata(part)).size, found.size)
-                self.report.resumed_bytes += offset
-                self.progress.done_bytes += offset
-                async with aclosing(self._counted(reader, offset)) as blocks:
+                self._begin(share, offset)
+                async with aclosing(self._counted(reader, offset, share)) as blocks:
                     await writer.write_blocks(blocks, offset)
                 await writer.close(sync=self._atomic)
 
-    async def _copy_in_place(self, source: PathUri, destination: PathUri) -> None:
+    async def _copy_in_place(self, source: PathUri, destination: PathUri, share: _Share) -> None:
         self.report.metadata_kept = False
         if await self._is_itself(source, destination):
             return  # opening it to write would lose it
         reader = await self.source.open(source)
-        async with _closing(reader), aclosing(self._counted(reader, 0)) as blocks:
+        self._begin(share, 0)
+        async with _closing(reader), aclosing(self._counted(reader, 0, share)) as blocks:
             try:
                 writer = await self.destination.open(destination, "replace")
             except NotSupported:
@@ -448,16 +494,27 @@ class _Transfer:
         except FileNotFoundError:
             return False
 
-    async def _counted(self, reader: FileHandle, offset: int) -> AsyncGenerator[bytes, None]:
+    async def _counted(self, reader: FileHandle, offset: int, share: _Share) -> AsyncGenerator[bytes, None]:
         async with aclosing(reader.read_blocks(offset)) as blocks:
             async for block in blocks:
                 yield block
-                self._count(len(block))
+                self._count(share, len(block))
 
-    def _count(self, size: int) -> None:
-        self.report.bytes += size
-        self.progress.done_bytes += size
+    def _begin(self, share: _Share, offset: int) -> None:
+        """So much is there already: of an earlier transfer, or of this one before a connection was lost."""
+        resumed = min(share.resumed, offset) if share.begun else offset
+        share.begun = True
+        self._set(share, resumed, offset - resumed)
+
+    def _count(self, share: _Share, size: int) -> None:
+        self._set(share, share.resumed, share.copied + size)
         self.tell()
+
+    def _set(self, share: _Share, resumed: int, copied: int) -> None:
+        self.report.resumed_bytes += resumed - share.resumed
+        self.report.bytes += copied - share.copied
+        self.progress.done_bytes += resumed + copied - share.resumed - share.copied
+        share.resumed, share.copied = resumed, copied
 
     async def _keep_metadata(self, path: PathUri, found: FileMetadata) -> None:
         if found.mode is None:

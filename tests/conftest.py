@@ -14,7 +14,9 @@ import trio
 from attrs import define
 
 from execenv import Environment, open_environment
+from execenv.providers import NOISE_VARIABLES
 from execenv.remote.connection import open_remote
+from execenv.remote.session import only
 from execenv.server import open_local_sessions
 from execenv.server.listen import serve_channel
 from execenv.transports.memory import MemoryChannel, memory_pair
@@ -50,6 +52,19 @@ class WebsocketServer:
     url: str
     process: subprocess.Popen[bytes]
     log: IO[bytes]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_configured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Whatever this user has configured, tests and the programs that they start do not see it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("XDG_CONFIG_HOME", "CODEX_HOME"):
+            patch.setenv(name, str(tmp_path_factory.mktemp(name)))
+        for name in ("EXECENV_URL", "EXECENV_TOKEN", "CODEX_EXEC_SERVER_URL"):
+            patch.delenv(name, raising=False)
+        for name in NOISE_VARIABLES:
+            patch.delenv(name, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +108,7 @@ async def open_memory() -> AsyncIterator[tuple[Environment, MemoryChannel]]:
     async with open_local_sessions() as sessions, trio.open_nursery() as nursery:
         ours, theirs = memory_pair()
         nursery.start_soon(serve_channel, theirs, sessions)
-        async with open_remote(ours) as remote:
+        async with open_remote(only(ours), "memory") as remote:
             yield Environment(remote), ours
 
 

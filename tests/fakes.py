@@ -37,6 +37,7 @@ from execenv.protocol import (
     ProcessStartParams,
     Shell,
 )
+from execenv.status import Status
 
 MOUNTS = Mounts()
 
@@ -89,6 +90,7 @@ class FakeProcess(Process):
     """A process that does what the test tells it.
 
     Attributes:
+        ending: `terminate` waits for it, whoever is cancelled.
         written: what was taken from `process/write`, in order; `None` for the end of stdin.
         room: how many more writes are taken at once; those beyond wait for `take`.
         reads: how many more `process/read` are answered at once; those beyond wait for `answer_reads`.
@@ -104,8 +106,11 @@ class FakeProcess(Process):
         self.readers = 0
         self.signals: list[str] = []
         self.released = False
+        self.ending = trio.Event()
+        self.ending.set()
         self._log = OutputLog()
         self._sinks: list[Sink] = []
+        self._write_ids: set[str] = set()
         self._changed = trio.lowlevel.ParkingLot()
         self._waiting = trio.lowlevel.ParkingLot()
 
@@ -146,6 +151,16 @@ class FakeProcess(Process):
 
     # What an environment does.
 
+    @property
+    def retained(self) -> int:
+        return self._log.size
+
+    def retain_behind(self, seq: int | None, max_bytes: int = 0) -> None:
+        self._log.retain_behind(seq, max_bytes)
+
+    def forget_output(self) -> None:
+        self._log.forget()
+
     def subscribe(self, sink: Sink, *, history: bool = False) -> None:
         for event in self._log.history() if history else ():
             sink.put(event)
@@ -170,11 +185,14 @@ class FakeProcess(Process):
         return self._log.read(after_seq, max_bytes)
 
     def write_nowait(self, data: bytes, write_id: str) -> str | None:
+        if write_id in self._write_ids:
+            return "accepted"
         if self._log.exited:
             raise InternalError("failed to write to process stdin")
         if self.room < 1:
             return None
         self.room -= 1
+        self._write_ids.add(write_id)
         self.written.append(data)
         return "accepted"
 
@@ -195,7 +213,8 @@ class FakeProcess(Process):
         await trio.lowlevel.checkpoint()
 
     async def terminate(self, *, receipt: bool = True, grace: float = 0.0) -> Termination:
-        await trio.lowlevel.checkpoint()
+        with trio.CancelScope(shield=True):
+            await self.ending.wait()
         running = not self._log.exited
         self.signals.append("terminate")
         if running:
@@ -251,19 +270,21 @@ class FakeEnvironment(EnvironmentBackend):
 
     def __init__(self) -> None:
         self.name = "fake"
+        self.status = Status()
         self.fakes = FakeProcesses()
         self.processes = self.fakes
         self.files = LocalFileSystem(MOUNTS)
         self.http = cast(HttpClient, None)  # no test with this one asks for HTTP
         self.closed = False
+        self.capabilities: dict[str, bool] = {}
         self.may_inform = trio.Event()
         self.may_inform.set()
 
     async def info(self) -> EnvironmentInfo:
         await self.may_inform.wait()
-        return EnvironmentInfo(Shell("sh", "/bin/sh"))
+        return EnvironmentInfo(Shell("sh", "/bin/sh"), capabilities=self.capabilities)
 
-    async def status(self) -> str:
+    async def probe(self) -> str:
         await trio.lowlevel.checkpoint()
         return "ready"
 
@@ -279,6 +300,7 @@ class FakeHost:
         failure: what the next `open` raises instead.
         may_open: `open` waits for it.
         may_inform: whether `info` of those opened next answers at once.
+        capabilities: of those opened next.
     """
 
     def __init__(self) -> None:
@@ -287,6 +309,7 @@ class FakeHost:
         self.may_open = trio.Event()
         self.may_open.set()
         self.may_inform = True
+        self.capabilities: dict[str, bool] = {}
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[EnvironmentBackend]:
@@ -294,6 +317,7 @@ class FakeHost:
         if self.failure is not None:
             raise self.failure
         environment = FakeEnvironment()
+        environment.capabilities = self.capabilities
         if not self.may_inform:
             environment.may_inform = trio.Event()
         self.opened.append(environment)

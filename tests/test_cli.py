@@ -508,7 +508,11 @@ async def test_terminated_server_leaves_no_process(watched: Watched) -> None:
         (["--ws-auth", "signed-bearer-token"], ["--ws-shared-secret-file"]),
         (["--ws-token-file", "token"], ["--ws-auth"]),
         (["--retain", "-1"], ["--retain", "execenv serve --help"]),
-        (["--detached-ttl", "soon"], ["--detached-ttl", "never"]),
+        (["--detached-ttl", "soon"], ["--detached-ttl", "'soon'", "never"]),
+        (["--detached-ttl", "running=soon"], ["--detached-ttl", "'running=soon'", "running=never"]),
+        (["--detached-ttl", "running=1,idle=2"], ["--detached-ttl", "'running=1,idle=2'", "exited="]),
+        (["--detached-ttl", "exited=1,exited=2"], ["--detached-ttl", "'exited=1,exited=2'", "exited="]),
+        (["--detached-ttl", "80,exited=1"], ["--detached-ttl", "'80,exited=1'", "exited="]),
     ],
 )
 async def test_server_that_cannot_start_says_why_in_one_line(args: list[str], words: list[str]) -> None:

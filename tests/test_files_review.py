@@ -395,7 +395,7 @@ async def test_file_over_the_limit_is_refused_whole_and_read_in_blocks(top: Path
         file.truncate(size)  # no block of it is on the disk
     path = uri(top / "huge")
     async with time_limit(10), open_memory() as (environment, _):
-        peer = environment._backend.peer  # type: ignore[attr-defined]
+        peer = (await environment._backend.session()).peer  # type: ignore[attr-defined]
         with pytest.raises(InvalidRequest, match="file is too large to read: limit is 536870912 bytes"):
             await peer.call(FS_READ_FILE, FsReadFileParams(path))
         handle = await environment._backend.files.open(path)

@@ -51,6 +51,7 @@ from execenv.protocol import (
 )
 from execenv.remote import http as remote_http
 from execenv.remote.connection import open_remote
+from execenv.remote.session import only
 from execenv.rpc import Peer, Route, open_peer
 from execenv.server import http as server_http
 from execenv.server import open_local_sessions
@@ -356,7 +357,7 @@ class PushingServer:
 async def open_pushing() -> AsyncIterator[tuple[PushingServer, Environment]]:
     server = PushingServer()
     with trio.fail_after(TIME_LIMIT):
-        async with open_peer(server.peer), open_remote(server.ours) as remote:
+        async with open_peer(server.peer), open_remote(only(server.ours), "memory") as remote:
             yield server, Environment(remote)
 
 

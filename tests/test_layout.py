@@ -23,16 +23,19 @@ README = (ROOT / "README.md").read_text()
 PUBLIC = """
     __version__
     KillReceipt Output Survivor
+    Snapshot
     CapturedOutput CompletedProcess Environment captured_output
     EnvironmentPath
-    ConnectFailed ConnectionLost ExecenvError HttpFailed NotSupported OutputGap ProcessFailed
-    ProcessNotStarted ProtocolViolation RpcError UsageError
+    Capabilities EnvironmentManager EnvironmentStatus open_manager
+    ConfigError ConnectFailed ConnectionLost EnvironmentUnavailable ExecenvError HttpFailed NotSupported
+    OutputGap ProcessFailed ProcessNotStarted ProtocolViolation RpcError UsageError
     BinaryFile TextFile
     FromVariable HttpResponse StreamedResponse
     open_environment
     PathUri
     Process
     DirectoryEntry EnvPolicy EnvironmentInfo FileMetadata WalkEntry WalkError WalkResult
+    Status StatusChange fail_fast
     CommandTarget LocalTarget WebsocketTarget
     Progress TransferReport
 """
@@ -42,13 +45,16 @@ LAYERS = (
         "_pure_base64",
         "_pure_json",
         "_service",
+        "_toml_lines",
         "_version",
         "abc",
         "codec",
+        "config",
         "errors",
         "paths",
         "protocol",
         "sandbox",
+        "status",
         "targets",
     },
     {"rpc", "transports"},
@@ -60,6 +66,7 @@ LAYERS = (
         "_bootstrapped",
         "_command",
         "_data_commands",
+        "_env_commands",
         "_first_stage",
         "_locations",
         "_run_command",
@@ -67,16 +74,19 @@ LAYERS = (
         "cli",
         "environment",
         "environment_path",
+        "environments",
         "file",
         "files",
         "http",
         "integrations",
         "open",
         "process",
+        "providers",
         "transfer",
     },
+    {"testing"},
 )
-"""Values, pumps, capabilities, assembly: each may import its own layer and those before it."""
+"""Values, pumps, capabilities, assembly, tools for tests: each may import its own and those before it."""
 
 HEAVY = ("attr", "attrs", "cattrs", "h11", "httpcore2", "orjson", "trio", "trio_websocket", "websockets")
 

@@ -19,13 +19,13 @@ import trio
 from attrs import frozen
 from trio_websocket import ConnectionClosed
 
+from execenv.testing.recordings import Line
 from tests.conftest import ANY_PORT, SERVE, WebsocketServer, run_websocket_server
 from tests.traces import (
     RECORDED_ORIGIN,
     TRACES,
     Happening,
     Json,
-    Line,
     Player,
     as_text,
     open_recorded_origin,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from base64 import b64decode, b64encode
+from base64 import b64decode
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -18,8 +18,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import trio
-from attrs import Factory, define, field, frozen
+from attrs import Factory, define, field
 from trio_websocket import ConnectionClosed, WebSocketConnection, wrap_client_stream
+
+from execenv.testing.recordings import Line, Recording, subject_of
 
 TRACES = Path(__file__).parents[2] / "shared" / "spec" / "traces"
 PATIENCE = 15.0
@@ -31,45 +33,6 @@ Json = Any
 OpenWire = Callable[[], AbstractAsyncContextManager["Wire"]]
 
 
-@frozen
-class Line:
-    """One message of a trace; `number` is that of its line in the file, from 1."""
-
-    number: int
-    sent: bool
-    conn: int
-    msg: Json
-
-    @property
-    def is_reply(self) -> bool:
-        return isinstance(self.msg, dict) and not self.sent and ("result" in self.msg or "error" in self.msg)
-
-    @property
-    def is_notification(self) -> bool:
-        return isinstance(self.msg, dict) and not self.sent and "method" in self.msg
-
-    @property
-    def is_end(self) -> bool:
-        return isinstance(self.msg, dict) and "closed" in self.msg
-
-    @property
-    def subject(self) -> str | None:
-        """What a request or notification is about."""
-        return subject_of(self.msg) if isinstance(self.msg, dict) else None
-
-
-def subject_of(msg: Json) -> str | None:
-    """The id of a process, of a streamed body or of a watch."""
-    params = msg.get("params")
-    if not isinstance(params, dict):
-        return None
-    subject = params.get("processId", params.get("requestId", params.get("watchId")))
-    return None if subject is None else str(subject)
-
-
-_BASE64 = ("chunk", "bodyBase64", "deltaBase64")
-
-
 def read_trace(name: str, root: Path, moved: Mapping[str, str] | None = None) -> list[Line]:
     """The lines of a trace, with `root` in the place of the directory that it was recorded in.
 
@@ -77,37 +40,7 @@ def read_trace(name: str, root: Path, moved: Mapping[str, str] | None = None) ->
         moved: other texts that stand for something of the recording, and what to put in their place.
     """
     moves = {"/tmp/trace": str(root), **(moved or {})}
-    lines = []
-    for number, text in enumerate((TRACES / f"{name}.jsonl").read_text().splitlines(), 1):
-        row = json.loads(text)
-        lines.append(Line(number, row["dir"] == "client", row["conn"], _moved(row["msg"], moves)))
-    return lines
-
-
-def _moved(value: Json, moves: Mapping[str, str]) -> Json:
-    if isinstance(value, dict):
-        return {
-            name: _moved_base64(item, moves) if name in _BASE64 else _moved(item, moves)
-            for name, item in value.items()
-        }
-    if isinstance(value, list):
-        return [_moved(item, moves) for item in value]
-    if isinstance(value, str):
-        for theirs, ours in moves.items():
-            value = value.replace(theirs, ours)
-    return value
-
-
-def _moved_base64(text: Json, moves: Mapping[str, str]) -> Json:
-    try:
-        data = b64decode(text, validate=True)
-    except (TypeError, ValueError):  # a test of just that
-        return text
-    moved = data
-    for theirs, ours in moves.items():
-        moved = moved.replace(theirs.encode(), ours.encode())
-    # What has nothing of the kind stays as it is spelled: the spelling may be what is tested.
-    return text if moved == data else b64encode(moved).decode()
+    return list(Recording.load(TRACES / f"{name}.jsonl", moves).lines)
 
 
 class Wire:

@@ -20,6 +20,7 @@ from execenv.local.threads import run_in_thread
 from execenv.local.tree import Marks, mark_myself, reap_adopted, subreaper
 from execenv.local.watchdog import Watchdog, open_watchdog
 from execenv.protocol import EnvironmentConfig, EnvironmentConfigReadParams, EnvironmentInfo
+from execenv.status import Status
 
 __all__ = ["Guard", "LocalEnvironment", "open_guard", "open_local"]
 
@@ -74,6 +75,7 @@ class LocalEnvironment(EnvironmentBackend):
         self.http = http
         self.processes = processes
         self.files = files
+        self.status = Status("connected")
         self._info: EnvironmentInfo | None = None
         self._config_limiter = trio.CapacityLimiter(1)
 
@@ -87,7 +89,7 @@ class LocalEnvironment(EnvironmentBackend):
 
         return await run_in_thread(self._config_limiter, lambda turn: read_config(params))
 
-    async def status(self) -> str:
+    async def probe(self) -> str:
         return "ready"
 
 
@@ -111,9 +113,11 @@ async def open_local(
             processes = LocalProcesses(
                 nursery, guard.marks, guard.watchdog, guard.known, retained_bytes=retained_bytes
             )
+            environment = LocalEnvironment(processes, LocalFileSystem(guard.mounts), guard.http)
             try:
-                yield LocalEnvironment(processes, LocalFileSystem(guard.mounts), guard.http)
+                yield environment
             finally:
+                environment.status.end()
                 nursery.cancel_scope.cancel()
     finally:
         if processes is not None:

@@ -1,7 +1,7 @@
 """What is kept of the output of one process, by sequence number. No I/O, no `await`.
 
-Newest 1 MiB by default; whole chunks are dropped from the front (protocol.md §4.9). The bytes are the very
-objects that were read from the pipe.
+Newest 1 MiB by default, more where somebody still has to take it; whole chunks are dropped from the front
+(protocol.md §4.9). The bytes are the very objects that were read from the pipe.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 
 from execenv.abc import Closed, Event, Exited, Lost, Output
-from execenv.protocol import Base64, OutputChunk, ProcessReadResult
+from execenv.protocol import CHUNK_OVERHEAD, Base64, OutputChunk, ProcessReadResult
 
 RETAINED_BYTES = 1024 * 1024
 RETAINED_CHUNKS = 50_000
@@ -26,6 +26,11 @@ class OutputLog:
         self._retained_bytes = retained_bytes
         self._chunks: deque[Output] = deque()
         self._bytes = 0
+        self._kept_behind: int | None = None
+        self._most_kept = 0
+        self._evicted = 0
+        self._evicted_after_exit = 0
+        self._exit_seq: int | None = None
         self.next_seq = 1
         self.exit_code: int | None = None
         self.exited = False
@@ -37,13 +42,39 @@ class OutputLog:
         event = Output(self._take_seq(), stream, data)
         self._chunks.append(event)
         self._bytes += len(data)
-        while self._bytes > self._retained_bytes or len(self._chunks) > RETAINED_CHUNKS:
-            self._bytes -= len(self._chunks.popleft().data)
+        if self._bytes > self._retained_bytes or len(self._chunks) > RETAINED_CHUNKS:
+            self._evict()
         return event
+
+    def retain_behind(self, seq: int | None, max_bytes: int = 0) -> None:
+        """See `abc.Process.retain_behind`."""
+        self._kept_behind = seq
+        self._most_kept = max_bytes
+        self._evict()
+
+    def _evict(self) -> None:
+        chunks, behind = self._chunks, self._kept_behind
+        while self._bytes > self._retained_bytes or len(chunks) > RETAINED_CHUNKS:
+            if (
+                behind is not None
+                and chunks[0].seq > behind
+                and self._bytes + CHUNK_OVERHEAD * len(chunks) <= self._most_kept
+            ):
+                return
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        event = self._chunks.popleft()
+        size = len(event.data)
+        self._bytes -= size
+        self._evicted += size
+        if self._exit_seq is not None and event.seq > self._exit_seq:
+            self._evicted_after_exit += size
 
     def exit(self, exit_code: int, sandbox_denied: bool | None = False) -> Exited:
         self.exited, self.exit_code, self.sandbox_denied = True, exit_code, sandbox_denied
         event = Exited(self._take_seq(), exit_code, sandbox_denied)
+        self._exit_seq = event.seq
         self._terminal.append(event)
         return event
 
@@ -60,18 +91,23 @@ class OutputLog:
         expected = 1
         for event in kept:
             if event.seq > expected:
-                events.append(Lost(expected, event.seq - 1))
+                events.append(self._lost(expected, event.seq - 1))
             events.append(event)
             expected = event.seq + 1
         if expected < self.next_seq:
-            events.append(Lost(expected, self.next_seq - 1))
+            events.append(self._lost(expected, self.next_seq - 1))
         return events
 
-    def forget(self) -> int:
-        """Drop all retained output; how many bytes that was."""
-        dropped, self._bytes = self._bytes, 0
-        self._chunks.clear()
-        return dropped
+    def _lost(self, from_seq: int, to_seq: int) -> Lost:
+        # What is lost is all in front, but for the exit, which is never lost and may be in the middle of it.
+        after_exit = self._exit_seq is not None and from_seq > self._exit_seq
+        size = self._evicted_after_exit if after_exit else self._evicted - self._evicted_after_exit
+        return Lost(from_seq, to_seq, size)
+
+    def forget(self) -> None:
+        """Drop all retained output."""
+        while self._chunks:
+            self._drop_oldest()
 
     @property
     def size(self) -> int:
@@ -107,6 +143,7 @@ class OutputLog:
             self.closed,
             None,
             bool(self.sandbox_denied),
+            self._evicted,
         )
 
     def _from(self, after_seq: int) -> list[Output]:

@@ -95,6 +95,9 @@ class LocalProcess(Process):
     def retained(self) -> int:
         return self._log.size
 
+    def retain_behind(self, seq: int | None, max_bytes: int = 0) -> None:
+        self._log.retain_behind(seq, max_bytes)
+
     def forget_output(self) -> None:
         self._log.forget()
 

@@ -1,132 +1,277 @@
-"""One connection to a server, from the handshake to its end: the proxy of `abc.EnvironmentBackend`."""
+"""An environment on a server: the proxy of `abc.EnvironmentBackend`, over one session after another."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import trio
 
-from execenv._service import open_nursery, service
+from execenv._service import Wakeup, service
 from execenv.abc import EnvironmentBackend
-from execenv.errors import ConnectFailed, ConnectionLost, ExecenvError, RpcError
+from execenv.errors import ConnectFailed, ConnectionLost
 from execenv.protocol import (
     ENVIRONMENT_CONFIG_READ,
     ENVIRONMENT_INFO,
     ENVIRONMENT_STATUS,
     FS_MISSING_CHANGED,
     HTTP_BODY_DELTA,
-    INITIALIZE,
-    INITIALIZED,
     PROCESS_CLOSED,
     PROCESS_EXITED,
     PROCESS_OUTPUT,
     EnvironmentConfig,
     EnvironmentConfigReadParams,
     EnvironmentInfo,
-    InitializeParams,
-    Nothing,
+    Method,
     Unit,
 )
 from execenv.remote.filesystem import RemoteFileSystem
 from execenv.remote.http import RemoteHttp
 from execenv.remote.processes import RemoteProcesses
+from execenv.remote.session import Dial, Recovery, Session, Tries, again
 from execenv.rpc import Peer
-from execenv.transports.channel import Channel
+from execenv.status import Status, refuse_to_wait
+from execenv.targets import INITIALIZE_TIMEOUT
 
-CLIENT_NAME = "execenv"
-INITIALIZE_TIMEOUT = 10.0  # environments.md §1.1
+P = TypeVar("P")
+R = TypeVar("R")
 
 
 class RemoteEnvironment(EnvironmentBackend):
-    """An environment behind a connection.
+    """An environment behind connections. `run` must run for anything to happen: see `open_remote`."""
 
-    Attributes:
-        session_id: what the server calls this session; to resume it, and a secret.
-    """
-
-    session_id: str
     processes: RemoteProcesses
     files: RemoteFileSystem
     http: RemoteHttp
 
-    def __init__(self, channel: Channel, nursery: trio.Nursery) -> None:
-        self.name = channel.label
-        self.peer = Peer(
-            channel,
-            notifications={
-                PROCESS_OUTPUT.name: lambda params: self.processes.on_output(params),
-                PROCESS_EXITED.name: lambda params: self.processes.on_exited(params),
-                PROCESS_CLOSED.name: lambda params: self.processes.on_closed(params),
-                FS_MISSING_CHANGED.name: lambda params: self.files.on_missing_changed(params),
-                HTTP_BODY_DELTA.name: lambda params: self.http.on_delta(params),
-            },
-        )
-        self.processes = RemoteProcesses(self, nursery)
+    def __init__(
+        self,
+        dial: Dial,
+        name: str,
+        *,
+        resume_session_id: str | None = None,
+        initialize_timeout: float = INITIALIZE_TIMEOUT,
+        redial: bool = False,
+        recovery: Recovery | None = None,
+    ) -> None:
+        self.name = name
+        self.status = Status("idle")
+        self._dial = dial
+        self._resume_session_id = resume_session_id
+        self._initialize_timeout = initialize_timeout
+        self._redial = redial
+        self._recovery = recovery
+        self._session: Session | None = None
+        self._wanted = Wakeup()
+        self._opening: _Opening | None = None
+        self._closing = False
+        self.processes = RemoteProcesses(self)
         self.files = RemoteFileSystem(self)
         self.http = RemoteHttp(self)
-        self._info: EnvironmentInfo | None = None
-        self._fetching = trio.StrictFIFOLock()
+
+    @property
+    def session_id(self) -> str | None:
+        """What the server calls the session, to resume it: a secret. `None` before the first connection."""
+        return None if self._session is None else self._session.session_id or None
 
     async def run(self) -> None:
-        """Move messages until the connection ends; then every process of it has failed."""
+        """Hold one session after the other, each when somebody wants it, until `close_nowait`."""
         try:
-            await self.peer.run()
+            while not self._closing:
+                await self._wanted.wait()
+                if self._opening is not None and not self._closing:
+                    await self._hold_session(self._opening)
         finally:
-            self.processes.connection_lost(self.peer.channel.lost())
-            self.http.connection_lost(self.peer.channel.lost())
-            self.files.connection_lost()
+            self.status.end()
 
-    async def handshake(self, resume_session_id: str | None) -> None:
-        result = await self.peer.call(INITIALIZE, InitializeParams(CLIENT_NAME, resume_session_id))
-        self.session_id = result.session_id
-        self._info = result.environment_info
-        self.peer.notify(INITIALIZED, Nothing())
+    async def _hold_session(self, opening: _Opening) -> None:
+        self.status.set("connecting")
+        resume, self._resume_session_id = self._resume_session_id, None
+        session = self._session = Session(
+            self._dial,
+            self,
+            {
+                PROCESS_OUTPUT.name: self.processes.on_output,
+                PROCESS_EXITED.name: self.processes.on_exited,
+                PROCESS_CLOSED.name: self.processes.on_closed,
+                FS_MISSING_CHANGED.name: self.files.on_missing_changed,
+                HTTP_BODY_DELTA.name: self.http.on_delta,
+            },
+            name=self.name,
+            resume_session_id=resume,
+            initialize_timeout=self._initialize_timeout,
+            recovery=self._recovery,
+        )
+        try:
+            await session.run()
+        except ConnectFailed as error:
+            self._session = None
+            self._resume_session_id = resume
+            self._opened(opening, error)
+            self.status.set("failed", error)
+        finally:
+            if self._opening is opening:  # closed, or cancelled, before there was a connection
+                self._opened(opening, ConnectFailed(f"{self.name} was closed"))
+
+    def _opened(self, opening: _Opening, error: ConnectFailed | None) -> None:
+        opening.error = error
+        opening.finished.set()
+        self._opening = None
+
+    def close_nowait(self) -> None:
+        """End the session here, behind what was sent."""
+        self._closing = True
+        if self._session is not None:
+            self._session.close()
+        self._wanted.set()
+
+    # What the session tells. None of these wait.
+
+    def connected(self, session: Session) -> None:
+        if self._opening is not None:
+            self._opened(self._opening, None)
+        self.status.set("connected")
+        self.processes.connected(session)
+
+    def disconnected(self, session: Session, error: ConnectionLost) -> None:
+        self.processes.disconnected()
+        self.http.disconnected(error)
+        self.files.disconnected()
+        if not self._closing and self._recovery is not None:
+            self.status.set("recovering", error)
+
+    def failed(self, session: Session, error: ConnectionLost) -> None:
+        self.processes.session_lost(session, error)
+        if not self._closing and session.session_id:
+            self.status.set("failed", error)
+
+    # Calls.
+
+    async def session(self) -> Session:
+        """The session, connected. One that is not there yet, or is lost, is opened, for all who want it.
+
+        Raises:
+            ConnectFailed: if it cannot be opened.
+            ConnectionLost: if this environment has no second session, or was closed.
+        """
+        while True:
+            session = self._session
+            if self._closing:
+                raise ConnectionLost(f"{self.name} was closed", "not sent")
+            if session is not None and session.session_id:
+                if session.peer is not None:
+                    return session
+                if session.lost is None:
+                    # Whether it is lost in the end is not this call's business: it can go to the next one.
+                    await session.wait_settled()
+                    continue
+                if not self._redial:
+                    raise again(session.lost, "not sent")
+            await self._open_session()
+
+    async def _open_session(self) -> None:
+        refuse_to_wait(state="not ready")
+        opening = self._opening
+        if opening is None:
+            opening = self._opening = _Opening()
+            self._wanted.set()
+        await opening.finished.wait()
+        if opening.error is not None:
+            copy = ConnectFailed(str(opening.error), retryable=opening.error.retryable)
+            raise copy from (opening.error.__cause__ or opening.error)
+
+    async def with_peer(self, use: Callable[[Peer], Awaitable[R]], *, repeat: bool = False) -> R:
+        """Do something over the connection that there is, or will be.
+
+        Args:
+            repeat: do it again if the connection is lost meanwhile. Otherwise only what was not sent is.
+
+        Raises:
+            ConnectionLost: if it cannot be done (again). Its `outcome` is that of all attempts.
+            ConnectFailed: if it never was sent.
+        """
+        tries = Tries(self._recovery)
+        while True:
+            try:
+                session = await self.session()
+            except (ConnectFailed, ConnectionLost) as error:
+                if tries.sent:
+                    raise ConnectionLost(str(error), "unknown") from error
+                raise
+            assert session.peer is not None
+            peer = session.peer
+            try:
+                return await use(peer)
+            except ConnectionLost as error:
+                tries.note(error)
+                if not self._may_come_back or (tries.sent and not repeat):
+                    raise again(error, tries.outcome) from error.__cause__
+                await session.wait_lost(peer)
+
+    @property
+    def _may_come_back(self) -> bool:
+        return self._recovery is not None and not self._closing
+
+    async def call(self, method: Method[P, R], params: P, *, repeat: bool = False) -> R:
+        """A call that has nothing to do with what the session holds. See `with_peer`."""
+        return await self.with_peer(lambda peer: peer.call(method, params), repeat=repeat)
 
     async def info(self) -> EnvironmentInfo:
-        if self._info is None:
-            async with self._fetching:
-                if self._info is None:
-                    self._info = await self.peer.call(ENVIRONMENT_INFO, Unit())
-        return self._info
+        session = self._session
+        if session is None or session.info is None:
+            session = await self.session()
+            if session.info is None:
+                session.info = await self.call(ENVIRONMENT_INFO, Unit(), repeat=True)
+        return session.info
 
     async def read_config(self, params: EnvironmentConfigReadParams) -> EnvironmentConfig:
-        return await self.peer.call(ENVIRONMENT_CONFIG_READ, params)
+        return await self.call(ENVIRONMENT_CONFIG_READ, params, repeat=True)
 
-    async def status(self) -> str:
-        return (await self.peer.call(ENVIRONMENT_STATUS, Unit())).status
+    async def probe(self) -> str:
+        return (await self.call(ENVIRONMENT_STATUS, Unit(), repeat=True)).status
+
+
+class _Opening:
+    """An attempt to open a session, which all who want one wait for."""
+
+    def __init__(self) -> None:
+        self.finished = trio.Event()
+        self.error: ConnectFailed | None = None
 
 
 @asynccontextmanager
 async def open_remote(
-    channel: Channel,
+    dial: Dial,
+    name: str,
     *,
     resume_session_id: str | None = None,
     initialize_timeout: float = INITIALIZE_TIMEOUT,
+    redial: bool = False,
+    recovery: Recovery | None = None,
+    connect: bool = True,
 ) -> AsyncIterator[RemoteEnvironment]:
-    """Shake hands over a channel that nobody has used yet, and speak to the server behind it.
+    """Speak to the server that `dial` reaches.
+
+    Args:
+        name: of the environment, for messages.
+        resume_session_id: a session to go on with.
+        redial: whether `dial` works more than once, so that a lost session can be followed by another.
+        recovery: how a lost connection of a session is made again; `None` for not at all.
+        connect: now. Without it, the first call connects.
 
     Raises:
         ConnectFailed: if the server does not answer in time, or refuses.
     """
-    async with open_nursery() as nursery:
-        environment = RemoteEnvironment(channel, nursery)
-        async with service(environment.run, stop=channel.close_nowait):
-            await _shake_hands(environment, resume_session_id, initialize_timeout)
-            yield environment
-        nursery.cancel_scope.cancel()
-
-
-async def _shake_hands(environment: RemoteEnvironment, resume_session_id: str | None, timeout: float) -> None:
-    name = environment.name
-    try:
-        with trio.fail_after(timeout):
-            await environment.handshake(resume_session_id)
-    except trio.TooSlowError as error:
-        raise ConnectFailed(f"{name} did not answer initialize within {timeout:g} s") from error
-    except RpcError as error:
-        raise ConnectFailed(f"{name} rejected initialize: {error.message} (code {error.code})") from error
-    except ConnectionLost as error:
-        raise ConnectFailed(f"{name} ended the connection before it was initialized: {error}") from error
-    except ExecenvError as error:
-        raise ConnectFailed(f"{name}: {error}") from error
+    environment = RemoteEnvironment(
+        dial,
+        name,
+        resume_session_id=resume_session_id,
+        initialize_timeout=initialize_timeout,
+        redial=redial,
+        recovery=recovery,
+    )
+    async with service(environment.run, stop=environment.close_nowait):
+        if connect:
+            await environment.session()
+        yield environment

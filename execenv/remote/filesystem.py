@@ -72,7 +72,7 @@ from execenv.protocol import (
     WalkResult,
     WireOpenMode,
 )
-from execenv.rpc import Call
+from execenv.rpc import Call, Peer
 
 if TYPE_CHECKING:
     from execenv.remote.connection import RemoteEnvironment
@@ -108,14 +108,18 @@ class RemoteFileSystem(FileSystem):
     async def read_file(self, path: PathUri, *, follow_symlinks: bool = True) -> bytes:
         if not follow_symlinks:
             params = FsReadFileParams(path, follow_symlinks=False)
-            return (await self._call(FS_READ_FILE, params, path)).data_base64
-        async with self._own_handles, aclosing(self._blocks(path)) as blocks:
-            return b"".join([block async for block in blocks])
+            return (await self._call(FS_READ_FILE, params, path, repeat=True)).data_base64
 
-    async def _blocks(self, path: PathUri) -> AsyncGenerator[bytes, None]:
+        async def read(peer: Peer) -> bytes:
+            async with aclosing(self._blocks(peer, path)) as blocks:
+                return b"".join([block async for block in blocks])
+
+        async with self._own_handles:
+            return await self._environment.with_peer(read, repeat=True)
+
+    async def _blocks(self, peer: Peer, path: PathUri) -> AsyncGenerator[bytes, None]:
         """Opened, read and closed without waiting in between: a small file costs one round trip."""
-        peer = self._environment.peer
-        handle = RemoteFileHandle(self, path)
+        handle = RemoteFileHandle(self, peer, path)
         opening = peer.call_nowait(FS_OPEN, FsOpenParams(handle.handle_id, path))
         try:
             first = handle.ask(0)
@@ -128,13 +132,17 @@ class RemoteFileSystem(FileSystem):
 
     async def write_file(self, path: PathUri, data: bytes, *, follow_symlinks: bool = True) -> None:
         if len(data) > SMALL_FILE and follow_symlinks and await self.can("fileWriteStreaming"):
-            async with self._own_handles:
-                handle = await self.open(path, "replace")
+
+            async def write(peer: Peer) -> None:
+                handle = await self._open(peer, path, "replace")
                 try:
                     async with aclosing(_pieces(data)) as pieces:
                         await handle.write_blocks(pieces)
                 finally:
                     handle.let_go()
+
+            async with self._own_handles:
+                await self._environment.with_peer(write, repeat=True)
             return
         if len(data) > LARGEST_MESSAGE:
             words = f"{len(data)} bytes are too much for one message, and the server takes no file in blocks"
@@ -142,7 +150,8 @@ class RemoteFileSystem(FileSystem):
         params = FsWriteFileParams(
             path, encode_base64(data).decode(), follow_symlinks=_follow(follow_symlinks)
         )
-        await self._call(FS_WRITE_FILE, params, path)
+        # The whole content: twice is the same as once.
+        await self._call(FS_WRITE_FILE, params, path, repeat=True)
 
     async def create_directory(
         self, path: PathUri, *, recursive: bool = True, follow_symlinks: bool = True
@@ -152,13 +161,13 @@ class RemoteFileSystem(FileSystem):
 
     async def get_metadata(self, path: PathUri, *, follow_symlinks: bool = True) -> FileMetadata:
         params = FsPathParams(path, follow_symlinks=_follow(follow_symlinks))
-        return await self._call(FS_GET_METADATA, params, path)
+        return await self._call(FS_GET_METADATA, params, path, repeat=True)
 
     async def canonicalize(self, path: PathUri) -> PathUri:
-        return (await self._call(FS_CANONICALIZE, FsPathParams(path), path)).path
+        return (await self._call(FS_CANONICALIZE, FsPathParams(path), path, repeat=True)).path
 
     async def read_directory(self, path: PathUri) -> tuple[DirectoryEntry, ...]:
-        return (await self._call(FS_READ_DIRECTORY, FsPathParams(path), path)).entries
+        return (await self._call(FS_READ_DIRECTORY, FsPathParams(path), path, repeat=True)).entries
 
     async def remove(
         self, path: PathUri, *, recursive: bool = True, force: bool = True, follow_symlinks: bool = True
@@ -170,7 +179,7 @@ class RemoteFileSystem(FileSystem):
         await self._call(FS_COPY, FsCopyParams(source, destination, recursive), source)
 
     async def walk(self, path: PathUri, options: WalkOptions) -> WalkResult:
-        return await self._call(FS_WALK, FsWalkParams(path, options), path)
+        return await self._call(FS_WALK, FsWalkParams(path, options), path, repeat=True)
 
     async def open(
         self, path: PathUri, mode: OpenMode = "read", *, follow_symlinks: bool = True
@@ -180,11 +189,14 @@ class RemoteFileSystem(FileSystem):
         needed = {"read": None, "replace": "fileWriteStreaming", "update": "fileTransfer"}[mode]
         if needed is not None and not await self.can(needed):
             raise NotSupported(f"{self._environment.name} cannot {mode} a file in blocks; write it whole")
-        handle = RemoteFileHandle(self, path)
+        return await self._environment.with_peer(lambda peer: self._open(peer, path, mode), repeat=True)
+
+    async def _open(self, peer: Peer, path: PathUri, mode: OpenMode) -> RemoteFileHandle:
+        handle = RemoteFileHandle(self, peer, path)
         try:
             wire_mode: WireOpenMode = "read" if mode == "read" else "replace"
             params = FsOpenParams(handle.handle_id, path, mode=wire_mode, keep=mode == "update")
-            await self._call(FS_OPEN, params, path)
+            await self._settled(peer.call_nowait(FS_OPEN, params), path)
         except trio.Cancelled:
             # It may be open there all the same, or about to be. The close is answered behind that: whoever
             # made the file can remove it then, and it does not come into being afterwards.
@@ -206,15 +218,24 @@ class RemoteFileSystem(FileSystem):
             raise NotSupported(f"{self._environment.name} can only watch once at a time")
         self._watch_ids += 1
         id_ = U64(self._watch_ids)
-        changed = self._watches[id_] = trio.Event()
         try:
             params = FsWatchMissingParams(id_, missing, present)
-            watching = bool(missing) and (await self._call(FS_WATCH_MISSING, params, missing[0])).watching
-            yield RemoteWatch(changed, self._environment) if watching else None
+
+            async def watch(peer: Peer) -> RemoteWatch | None:
+                changed = self._watches[id_] = trio.Event()
+                watching = (
+                    await self._settled(peer.call_nowait(FS_WATCH_MISSING, params), missing[0])
+                ).watching
+                return RemoteWatch(changed, peer) if watching else None
+
+            found = await self._environment.with_peer(watch, repeat=True) if missing else None
+            try:
+                yield found
+            finally:
+                if found is not None:
+                    found.end(id_)
         finally:
-            del self._watches[id_]
-            with suppress(ConnectionLost):  # there is no call to end it, but one that replaces it
-                self._environment.peer.call_nowait(FS_WATCH_MISSING, FsWatchMissingParams(id_, ())).drop()
+            self._watches.pop(id_, None)
 
     async def rename(self, source: PathUri, destination: PathUri, *, sync: bool = False) -> None:
         await self._call(FS_RENAME, FsRenameParams(source, destination, sync=sync), source)
@@ -236,13 +257,13 @@ class RemoteFileSystem(FileSystem):
         if changed is not None:
             changed.set()
 
-    def connection_lost(self) -> None:
+    def disconnected(self) -> None:
         for changed in self._watches.values():
             changed.set()
 
-    async def _call(self, method: Method[P, R], params: P, path: PathUri) -> R:
+    async def _call(self, method: Method[P, R], params: P, path: PathUri, *, repeat: bool = False) -> R:
         try:
-            return await self._environment.peer.call(method, params)
+            return await self._environment.call(method, params, repeat=repeat)
         except RpcError as error:
             raise await self._told(error, path) from None
 
@@ -255,7 +276,7 @@ class RemoteFileSystem(FileSystem):
     async def _told(self, error: RpcError, path: PathUri) -> Exception:
         if isinstance(error, InvalidRequest) and error.message.endswith("is not a file"):
             with suppress(RpcError):  # which of the two, the answer doesn't say
-                found = await self._environment.peer.call(FS_GET_METADATA, FsPathParams(path))
+                found = await self._environment.call(FS_GET_METADATA, FsPathParams(path), repeat=True)
                 if found.is_directory:
                     return file_error(errno.EISDIR, path, error.message)
         if _FOREIGN_PATH.search(error.message):
@@ -264,23 +285,32 @@ class RemoteFileSystem(FileSystem):
 
 
 class RemoteWatch(Watch):
-    def __init__(self, changed: trio.Event, environment: RemoteEnvironment) -> None:
+    """A watch of one connection."""
+
+    def __init__(self, changed: trio.Event, peer: Peer) -> None:
         self._changed = changed
-        self._environment = environment
+        self._peer = peer
 
     async def wait(self) -> None:
         await self._changed.wait()
-        if self._environment.peer.channel.closed:
-            raise self._environment.peer.channel.lost()
+        if self._peer.channel.closed:
+            raise self._peer.channel.lost("unknown")
+
+    def end(self, watch_id: U64) -> None:
+        with suppress(ConnectionLost):  # there is no call to end it, but one that replaces it
+            self._peer.call_nowait(FS_WATCH_MISSING, FsWatchMissingParams(watch_id, ())).drop()
 
 
 class RemoteFileHandle(FileHandle):
-    """A handle id at the server. Its calls are done there in the order they are made here."""
+    """A handle id at the server, and ends with the connection.
 
-    def __init__(self, files: RemoteFileSystem, path: PathUri) -> None:
+    Its calls are done there in the order they are made here.
+    """
+
+    def __init__(self, files: RemoteFileSystem, peer: Peer, path: PathUri) -> None:
         self.handle_id = os.urandom(16).hex()
         self._files = files
-        self._peer = files._environment.peer
+        self._peer = peer
         self._path = path
         self._closed = False
 

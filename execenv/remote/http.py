@@ -28,6 +28,7 @@ from execenv.protocol import (
     HttpRequestParams,
     HttpRequestResult,
 )
+from execenv.rpc import Peer
 
 if TYPE_CHECKING:
     from execenv.remote.connection import RemoteEnvironment
@@ -45,8 +46,9 @@ LEAST_WINDOW = 64 * 1024
 class RemoteHttpStream(HttpStream):
     """One body of a server. The methods that begin with `on_` are called by the connection's reader."""
 
-    def __init__(self, owner: RemoteHttp, request_id: str, window: int | None) -> None:
+    def __init__(self, owner: RemoteHttp, peer: Peer, request_id: str, window: int | None) -> None:
         self.request_id = request_id
+        self.peer = peer
         self.window = window
         self._owner = owner
         self._pieces: deque[bytes] = deque()
@@ -76,12 +78,12 @@ class RemoteHttpStream(HttpStream):
         self._taken += len(piece)
         if self.window is not None and not self._done and self._taken - self._told >= self.window // 4:
             self._told = self._taken
-            self._owner.tell(self.request_id, self._taken)
+            self._owner.tell(self.peer, self.request_id, self._taken)
         return piece
 
     async def aclose(self) -> None:
         if self._owner.remove(self) and self.window is not None:
-            self._owner.tell(self.request_id, self._taken, stop=True)
+            self._owner.tell(self.peer, self.request_id, self._taken, stop=True)
         self.let_go()
         self._owner.open_streams.discard(self)
         await trio.lowlevel.checkpoint()
@@ -115,7 +117,7 @@ class RemoteHttpStream(HttpStream):
         """Give up, and what is queued with it: a body that has a hole is of no use."""
         self.let_go()
         if self.window is not None and not self._done:
-            self._owner.tell(self.request_id, self._taken, stop=True)
+            self._owner.tell(self.peer, self.request_id, self._taken, stop=True)
         self._finish(error)
 
     def _finish(self, error: ExecenvError | None) -> None:
@@ -153,17 +155,25 @@ class RemoteHttp(HttpClient):
         request_id = f"http-{next(self._numbers)}"
         params = evolve(params, request_id=request_id, stream_response=False, body_window=None)
         stoppable = await self._has_window()
-        try:
-            return await self._environment.peer.call(HTTP_REQUEST, params)
-        except trio.Cancelled:
-            if stoppable:
-                self.tell(request_id, 0, stop=True)
-            raise
+
+        async def request(peer: Peer) -> HttpRequestResult:
+            try:
+                return await peer.call(HTTP_REQUEST, params)
+            except trio.Cancelled:
+                if stoppable:
+                    self.tell(peer, request_id, 0, stop=True)
+                raise
+
+        return await self._environment.with_peer(request)
 
     async def open_stream(self, params: HttpRequestParams) -> RemoteHttpStream:
         await self._check(params)
-        window = self._grant() if await self._has_window() else None
-        stream = RemoteHttpStream(self, f"http-{next(self._numbers)}", window)
+        windowed = await self._has_window()
+        return await self._environment.with_peer(lambda peer: self._open(peer, params, windowed))
+
+    async def _open(self, peer: Peer, params: HttpRequestParams, windowed: bool) -> RemoteHttpStream:
+        window = self._grant() if windowed else None
+        stream = RemoteHttpStream(self, peer, f"http-{next(self._numbers)}", window)
         params = evolve(
             params,
             request_id=stream.request_id,
@@ -173,10 +183,10 @@ class RemoteHttp(HttpClient):
         # Before the request goes out: an early piece finds its stream.
         self._streams[stream.request_id] = stream
         try:
-            result = await self._environment.peer.call(HTTP_REQUEST, params)
+            result = await peer.call(HTTP_REQUEST, params)
         except BaseException as error:
             if self.remove(stream) and window is not None and isinstance(error, trio.Cancelled):
-                self.tell(stream.request_id, 0, stop=True)
+                self.tell(peer, stream.request_id, 0, stop=True)
             stream.let_go()
             raise
         stream.begin(result.status, result.headers)
@@ -218,11 +228,11 @@ class RemoteHttp(HttpClient):
             self._granted -= stream.window + OVERSHOOT
         return True
 
-    def tell(self, request_id: str, taken: int, *, stop: bool = False) -> None:
+    def tell(self, peer: Peer, request_id: str, taken: int, *, stop: bool = False) -> None:
         with suppress(ConnectionLost):  # with it, the request has ended
-            self._environment.peer.notify(HTTP_BODY_TAKEN, HttpBodyTakenParams(request_id, U64(taken), stop))
+            peer.notify(HTTP_BODY_TAKEN, HttpBodyTakenParams(request_id, U64(taken), stop))
 
-    def connection_lost(self, error: ConnectionLost) -> None:
+    def disconnected(self, error: ConnectionLost) -> None:
         for stream in list(self._streams.values()):
             stream.on_lost(error)
 

@@ -5,6 +5,9 @@ the network must not hold back the connection for everybody else. A server of ou
 holds back the child (`process/outputTaken`). Another server pushes on: above a bound the events are let go,
 and fetched again by `process/read` when there is room (`_fetch_missed`); what the server does not retain any
 more by then is reported as `Lost`.
+
+The same is done when the connection was lost and the session was resumed: what is pushed from then on waits
+until all that was missed has been read.
 """
 
 from __future__ import annotations
@@ -34,10 +37,12 @@ from execenv.codec import Json, structure
 from execenv.errors import (
     ConnectionLost,
     ExecenvError,
+    InvalidRequest,
     NotSupported,
     ProtocolViolation,
 )
 from execenv.protocol import (
+    CHUNK_OVERHEAD,
     PROCESS_CLOSE_STDIN,
     PROCESS_OUTPUT_TAKEN,
     PROCESS_READ,
@@ -61,6 +66,7 @@ from execenv.protocol import (
     ProcessTerminateParams,
     ProcessWriteParams,
 )
+from execenv.remote.session import Session
 
 if TYPE_CHECKING:
     from execenv.remote.connection import RemoteEnvironment
@@ -70,6 +76,7 @@ REORDER_BYTES = 1024 * 1024
 HELD_BYTES = 16 * 1024 * 1024
 """Pushed output that one process may have waiting here, above its sink's own bound, before it is let go."""
 CATCH_UP_BYTES = 1024 * 1024
+STILL_STARTING = 0.05
 OUTPUT_WINDOW = 8 * 1024 * 1024
 """How much output of one process may be under way: 80 MB/s at a round trip of 100 ms."""
 TAKEN_STEP = 1024 * 1024
@@ -79,8 +86,11 @@ TAKEN_STEP = 1024 * 1024
 class RemoteProcess(Process):
     """One process of a server. `publish` is called by the connection's reader for each of its events."""
 
-    def __init__(self, owner: RemoteProcesses, process_id: str, *, attached: bool = False) -> None:
+    def __init__(
+        self, owner: RemoteProcesses, session: Session, process_id: str, *, attached: bool = False
+    ) -> None:
         self.process_id = process_id
+        self.session = session
         self._owner = owner
         self._sinks: list[Sink] = []
         self._next_seq = 1
@@ -88,7 +98,11 @@ class RemoteProcess(Process):
         self._early_bytes = 0
         self._held = 0
         self._newest = 0  # the highest seq that is known to exist
+        self._passed: int | None = 0  # bytes of output before `_next_seq`; `None` if that is not known
         self._catching_up = attached  # what is pushed before the history was read is part of it
+        self._fetching = False  # `_fetch_missed` runs
+        self._stale = False  # the connection was lost since it asked last
+        self._started = attached
         self._terminal: dict[int, Event] = {}  # exit and close, seen while catching up
         self._exit_passed = False
         self._ended = False
@@ -102,7 +116,7 @@ class RemoteProcess(Process):
     def subscribe(self, sink: Sink, *, history: bool = False) -> None:
         self._sinks.append(sink)
         if history:
-            self._owner.nursery.start_soon(self._fetch_missed)
+            self._fetch()
 
     def unsubscribe(self, sink: Sink) -> None:
         with suppress(ValueError):
@@ -150,7 +164,9 @@ class RemoteProcess(Process):
             self._ended = True
             self._owner.remove(self)
         elif isinstance(event, Output):
-            self._note_taken(len(event.data))
+            if self._passed is not None:
+                self._passed += len(event.data)
+            self._note_taken(len(event.data) + CHUNK_OVERHEAD)
 
     def _note_taken(self, size: int) -> None:
         self._untold += size
@@ -164,7 +180,7 @@ class RemoteProcess(Process):
                 self._catch_up()
             elif self._windowed and not self._holding:
                 self._holding = True
-                self._owner.nursery.start_soon(self._tell_when_room)
+                self.session.nursery.start_soon(self._tell_when_room)
 
     def open_window(self) -> None:
         """Have the server hold back the child when this end is slow."""
@@ -174,8 +190,9 @@ class RemoteProcess(Process):
     def _tell(self, window: U64 | None = None) -> None:
         self._untold = 0
         taken = ProcessOutputTakenParams(self.process_id, U64(self._next_seq - 1), window)
-        with suppress(ConnectionLost):
-            self._owner.peer.notify(PROCESS_OUTPUT_TAKEN, taken)
+        if self.session.peer is not None:
+            with suppress(ConnectionLost):
+                self.session.peer.notify(PROCESS_OUTPUT_TAKEN, taken)
 
     async def _tell_when_room(self) -> None:
         while any(sink.full for sink in self._sinks):
@@ -186,19 +203,47 @@ class RemoteProcess(Process):
         self._tell()
 
     def fail(self, error: Exception) -> None:
-        """No more events will come. Called when the connection is lost."""
+        """No more events will come."""
         if not self._ended:
             self._ended = True
             self._owner.remove(self)
             for sink in self._sinks:
                 sink.put(Failed(error))
 
+    # The connection.
+
+    def note_started(self) -> None:
+        """The server has confirmed the start, if need be at the second time of asking."""
+        self._started = True
+        if self._catching_up and self._sinks:
+            self._fetch()
+
+    def disconnected(self) -> None:
+        """What is pushed from now on, by the next connection, is not what follows."""
+        self._miss()
+        self._stale = True
+
+    def connected(self) -> None:
+        """The session was resumed."""
+        if self._windowed:
+            self._tell(U64(OUTPUT_WINDOW))  # it went with the connection
+        if self._started and self._sinks:
+            self._fetch()
+
     def _catch_up(self) -> None:
         if not self._catching_up:
-            self._catching_up = True
-            self._early.clear()
-            self._early_bytes = 0
-            self._owner.nursery.start_soon(self._fetch_missed)
+            self._miss()
+            self._fetch()
+
+    def _miss(self) -> None:
+        self._catching_up = True
+        self._early.clear()
+        self._early_bytes = 0
+
+    def _fetch(self) -> None:
+        if not self._fetching:
+            self._fetching = True
+            self.session.nursery.start_soon(self._fetch_missed)
 
     async def _fetch_missed(self) -> None:
         """Read what was let go, as the sinks have room, until nothing is missing up to the newest event."""
@@ -206,23 +251,36 @@ class RemoteProcess(Process):
             while not self._ended:
                 for sink in list(self._sinks):
                     await sink.wait_room()
-                result = await self.read(self._next_seq - 1, CATCH_UP_BYTES)
+                self._stale = False
+                result = await self._read_started(self._next_seq - 1)
                 self._publish_read(result)
-                if self._ended or (not result.chunks and self._next_seq > self._newest):
+                if not result.chunks and self._next_seq > self._newest and not self._stale:
                     break
             self._catching_up = False
             self._held = 0
-            if self._windowed:
+            if self._windowed and not self._ended:
                 self._tell()
         except ExecenvError as error:
             self.fail(error)
+        finally:
+            self._fetching = False
+
+    async def _read_started(self, after_seq: int) -> ProcessReadResult:
+        """`read`, also while the server still is at a start whose answer was lost (§4.5)."""
+        while True:
+            try:
+                return await self.read(after_seq, CATCH_UP_BYTES)
+            except InvalidRequest as error:
+                if not error.message.endswith("is starting"):
+                    raise
+            await trio.sleep(STILL_STARTING)
 
     def _publish_read(self, result: ProcessReadResult) -> None:
         for chunk in result.chunks:
             self._pass_terminal(chunk.seq)
             if chunk.seq == self._next_seq + 1 and result.exited and not self._exit_known:
                 self._pass_on(self._exit_at(self._next_seq, result), self._next_seq)
-            self._skip_to(chunk.seq)
+            self._skip_to(chunk.seq, result.evicted_bytes)
             self._pass_on(Output(chunk.seq, chunk.stream, chunk.chunk), chunk.seq)
         self._newest = max(self._newest, result.next_seq - 1)
         if result.chunks:
@@ -235,7 +293,7 @@ class RemoteProcess(Process):
         # Only as far as the answer goes: what was pushed since then is for the next read.
         self._pass_terminal(result.next_seq)
         if not self._ended:
-            self._skip_to(result.next_seq)
+            self._skip_to(result.next_seq, result.evicted_bytes)
 
     def _pass_terminal(self, before: int) -> None:
         """Pass on what was pushed meanwhile and comes before that seq."""
@@ -263,11 +321,18 @@ class RemoteProcess(Process):
             for sink in self._sinks:
                 sink.put(self._exit_at(last, result))
 
-    def _skip_to(self, seq: int) -> None:
+    def _skip_to(self, seq: int, evicted: int = 0) -> None:
+        """Report what is missing before `seq`.
+
+        `evicted` is how much output the server has dropped before `seq`, if it says that (ours does): of all
+        that this one has seen a part, and the rest is what is missing.
+        """
         if seq > self._next_seq:
+            size = evicted - self._passed if evicted and self._passed is not None else None
+            self._passed = evicted or None
             first, self._next_seq = self._next_seq, seq
             for sink in self._sinks:
-                sink.put(Lost(first, seq - 1))
+                sink.put(Lost(first, seq - 1, size))
 
     def release(self) -> None:
         self._owner.remove(self)
@@ -283,35 +348,39 @@ class RemoteProcess(Process):
             None if max_bytes is None else U64(max_bytes),
             U64(min(math.ceil(wait * 1000), 2**63)),
         )
-        return await self._owner.peer.call(PROCESS_READ, params)
+        return await self.session.call(PROCESS_READ, params)
 
     async def write(self, data: bytes, write_id: str) -> str:
         params = ProcessWriteParams(self.process_id, Base64(data), write_id)
-        return (await self._owner.peer.call(PROCESS_WRITE, params)).status
+        return (await self.session.call(PROCESS_WRITE, params)).status
 
     async def close_stdin(self) -> None:
         if self._stdin_by_size:
             return  # `_ending_input` ends it behind the last byte
         await self._owner.require("processCloseStdin", "end of file on the stdin of a running process")
-        await self._owner.peer.call(PROCESS_CLOSE_STDIN, ProcessCloseStdinParams(self.process_id))
+        await self.session.call(PROCESS_CLOSE_STDIN, ProcessCloseStdinParams(self.process_id))
 
     async def interrupt(self) -> None:
-        await self._owner.peer.call(PROCESS_SIGNAL, ProcessSignalParams(self.process_id, "interrupt"))
+        params = ProcessSignalParams(self.process_id, "interrupt")
+        await self.session.call(PROCESS_SIGNAL, params, repeat=False)
 
     async def resize(self, rows: int, columns: int) -> None:
         await self._owner.require("processResize", "resizing a terminal")
-        await self._owner.peer.call(
-            PROCESS_RESIZE, ProcessResizeParams(self.process_id, U64(rows), U64(columns))
-        )
+        await self.session.call(PROCESS_RESIZE, ProcessResizeParams(self.process_id, U64(rows), U64(columns)))
 
     async def terminate(self, *, receipt: bool = True, grace: float = 0.0) -> Termination:
         extended = await self._owner.has("processReceipt")
-        if not extended and self._ended:
+        if not extended and self._ended and self.session.lost is None:
             return Termination(False)
         params = ProcessTerminateParams(self.process_id)
         if extended:
             params = evolve(params, receipt=receipt, grace_ms=U64(math.ceil(grace * 1000)))
-        result = await self._owner.peer.call(PROCESS_TERMINATE, params)
+        try:
+            result = await self.session.call(PROCESS_TERMINATE, params)
+        except trio.Cancelled:
+            if self.session.peer is None:  # nobody waits any more, but it is to end all the same
+                self._owner.unsent[self.process_id] = params
+            raise
         if result.receipt is None:
             return Termination(result.running)
         survivors = tuple(Survivor(one.pid, one.reason) for one in result.receipt.survivors)
@@ -323,17 +392,18 @@ class RemoteProcess(Process):
 class RemoteProcesses(Processes):
     """Starts processes on a server, and routes their events."""
 
-    def __init__(self, environment: RemoteEnvironment, nursery: trio.Nursery) -> None:
+    def __init__(self, environment: RemoteEnvironment) -> None:
         self._environment = environment
-        self.nursery = nursery
-        self.peer = environment.peer
+        self.unsent: dict[str, ProcessTerminateParams] = {}  # for the next connection
         # More than one of an id where several tasks attach to it: each reads at its own pace.
         self._by_id: dict[str, list[RemoteProcess]] = {}
 
     async def start(
         self, params: ProcessStartParams, sink: Sink | None = None, *, input_size: int | None = None
     ) -> RemoteProcess:
-        process = RemoteProcess(self, params.process_id)
+        session = await self._environment.session()
+        process = RemoteProcess(self, session, params.process_id)
+        self.unsent.pop(params.process_id, None)  # that was for another one of this name
         if sink is not None and await self.has("processOutputWindow"):
             process._windowed = True
             params = evolve(params, output_window=U64(OUTPUT_WINDOW))
@@ -345,7 +415,8 @@ class RemoteProcesses(Processes):
         # Before the request goes out: an early event finds its owner.
         self._add(process)
         try:
-            await self.peer.call(PROCESS_START, params)
+            await self._start(session, params)
+            process.note_started()
         except BaseException as error:
             self.remove(process)
             if isinstance(error, trio.Cancelled):
@@ -358,8 +429,26 @@ class RemoteProcesses(Processes):
             self.remove(process)  # nobody listens; `attach` begins anew
         return process
 
+    @staticmethod
+    async def _start(session: Session, params: ProcessStartParams) -> None:
+        """Start it once. The id tells whether a start whose answer was lost was done."""
+        tries = session.tries()
+        while True:
+            peer = await session.wait_peer(tries.outcome)
+            try:
+                await peer.call(PROCESS_START, params)
+                return
+            except ConnectionLost as error:
+                tries.note(error)
+                await session.wait_lost(peer)
+            except InvalidRequest as error:
+                if tries.sent and error.message.endswith("already exists"):
+                    return
+                raise
+
     async def attach(self, process_id: str) -> RemoteProcess:
-        process = RemoteProcess(self, process_id, attached=True)
+        session = await self._environment.session()
+        process = RemoteProcess(self, session, process_id, attached=True)
         self._add(process)
         try:
             await process.read(wait=0.0, max_bytes=0)  # unknown ids are refused
@@ -381,9 +470,28 @@ class RemoteProcesses(Processes):
         if not listening:
             self._by_id.pop(process.process_id, None)
 
-    def connection_lost(self, error: ConnectionLost) -> None:
-        for process in [one for listening in self._by_id.values() for one in listening]:
-            process.fail(error)
+    def connected(self, session: Session) -> None:
+        """The session was opened, or resumed. Called before anything is received over its connection."""
+        assert session.peer is not None
+        unsent, self.unsent = self.unsent, {}
+        for params in unsent.values():
+            with suppress(ConnectionLost):
+                session.peer.call_nowait(PROCESS_TERMINATE, params).drop()
+        for process in self._listening():
+            process.connected()
+
+    def disconnected(self) -> None:
+        for process in self._listening():
+            process.disconnected()
+
+    def session_lost(self, session: Session, error: ConnectionLost) -> None:
+        self.unsent.clear()
+        for process in self._listening():
+            if process.session is session:
+                process.fail(error)
+
+    def _listening(self) -> list[RemoteProcess]:
+        return [one for listening in self._by_id.values() for one in listening]
 
     async def has(self, capability: str) -> bool:
         return (await self._environment.info()).capabilities.get(capability, False)

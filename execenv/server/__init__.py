@@ -14,16 +14,16 @@ from execenv.local import open_guard, open_local
 from execenv.local.output_log import RETAINED_BYTES
 from execenv.server.auth import Authenticator
 from execenv.server.listen import Listener, serve_channel
-from execenv.server.sessions import DETACHED_TTL, Sessions, open_sessions
+from execenv.server.sessions import DETACHED_TTL, DetachedTtl, Sessions, open_sessions
 from execenv.transports.channel import DEFAULT_MAX_MESSAGE
 
-__all__ = ["open_local_sessions", "run_until_signalled", "serve_stdio", "serve_websocket"]
+__all__ = ["DetachedTtl", "open_local_sessions", "run_until_signalled", "serve_stdio", "serve_websocket"]
 
 
 @asynccontextmanager
 async def open_local_sessions(
     *,
-    detached_ttl: float = DETACHED_TTL,
+    detached_ttl: DetachedTtl | float = DETACHED_TTL,
     retained_bytes: int = RETAINED_BYTES,
     whole_program: bool = False,
 ) -> AsyncIterator[Sessions]:
@@ -39,7 +39,7 @@ async def serve_websocket(
     *,
     auth: Authenticator | None = None,
     max_message: int = DEFAULT_MAX_MESSAGE,
-    detached_ttl: float = DETACHED_TTL,
+    detached_ttl: DetachedTtl | float = DETACHED_TTL,
     retained_bytes: int = RETAINED_BYTES,
     whole_program: bool = False,
 ) -> None:
@@ -48,7 +48,8 @@ async def serve_websocket(
     Args:
         auth: see `execenv.server.auth`; without it, the socket must be one that only friends can reach.
         max_message: the largest message taken from a client, in bytes.
-        detached_ttl: seconds that a session outlives its connection.
+        detached_ttl: seconds that a session outlives its connection; a `DetachedTtl` where it matters
+            whether its processes still run.
         retained_bytes: how much output of each process is kept.
         whole_program: nothing else runs in this program; see `execenv.local.open_guard`.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 import trio
@@ -30,7 +31,7 @@ from execenv.protocol import (
     ProcessOutputTakenParams,
     Unit,
 )
-from execenv.rpc import Peer, Route
+from execenv.rpc import Answer, Peer, Route
 from execenv.server import filesystem, processes
 from execenv.server.filesystem import FileTable
 from execenv.server.http import HttpTable
@@ -66,6 +67,7 @@ class ServerConnection:
             guard=self._check_handshake,
             strict=True,
         )
+        self._peer.on_end = self._detach
 
     async def run(self) -> None:
         """Serve until the connection ends. What its requests have left running ends with it."""
@@ -74,12 +76,16 @@ class ServerConnection:
                 await self._peer.run()
                 self.nursery.cancel_scope.cancel()
         finally:
-            if self._session is not None:
-                self._session.detach(self)
-                if not self._detachable:
-                    self._session.close()
+            self._detach()
+            if self._session is not None and not self._detachable:
+                self._session.close()
             if self._files is not None:
                 await self._files.aclose()
+
+    def _detach(self) -> None:
+        # As soon as the channel has ended: a handler that is slow to leave must not keep the client out.
+        if self._session is not None:
+            self._session.detach(self)
 
     def _routes(self) -> list[Route[Any, Any]]:
         routes: list[Route[Any, Any]] = [
@@ -114,7 +120,7 @@ class ServerConnection:
         missing = "call initialize" if self._session is None else "send initialized"
         raise InvalidRequest(f"client must {missing} before using {route.method.family} methods")
 
-    async def _initialize(self, params: InitializeParams) -> InitializeResult:
+    async def _initialize(self, params: InitializeParams) -> Answer[InitializeResult]:
         if self._session is not None:
             raise InvalidRequest("initialize may only be sent once per connection")
         resumed = params.resume_session_id
@@ -131,7 +137,7 @@ class ServerConnection:
         self._session = session
         self._files = FileTable(session.environment.files, self.nursery, self._peer.notify)
         self._http = HttpTable(session.environment, self.channel, self.nursery)
-        return InitializeResult(session.session_id, info)
+        return Answer(InitializeResult(session.session_id, info), partial(session.begin, self))
 
     def _initialized(self, params: Json) -> None:
         if self._session is None:
@@ -165,4 +171,4 @@ class ServerConnection:
 
     async def _status(self, params: Unit) -> EnvironmentStatusResult:
         assert self._session is not None
-        return EnvironmentStatusResult(await self._session.environment.status())
+        return EnvironmentStatusResult(await self._session.environment.probe())

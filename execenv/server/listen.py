@@ -135,6 +135,7 @@ class Listener:
     Args:
         auth: what a client has to show; `None` lets everybody in who can reach the socket.
         max_message: the largest message taken, in bytes.
+        ping_interval, pong_timeout: see `WebsocketChannel`.
     """
 
     def __init__(
@@ -144,11 +145,13 @@ class Listener:
         auth: Authenticator | None = None,
         max_message: int = DEFAULT_MAX_MESSAGE,
         ping_interval: float = 30.0,
+        pong_timeout: float = 60.0,
     ) -> None:
         self._sessions = sessions
         self._auth = auth
         self._max_message = max_message
         self._ping_interval = ping_interval
+        self._pong_timeout = pong_timeout
 
     async def serve(self, listeners: list[trio.SocketListener]) -> None:
         """Accept connections until cancelled."""
@@ -185,6 +188,7 @@ class Listener:
                 f"websocket {_address(stream)}",
                 max_message=self._max_message,
                 ping_interval=self._ping_interval,
+                pong_timeout=self._pong_timeout,
             )
         return None
 

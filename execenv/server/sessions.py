@@ -1,8 +1,8 @@
 """Sessions: what of a client outlives its connection (protocol.md §3.3).
 
 A session is a task that holds an environment open; its processes end with it. Connections come and go:
-detaching sets a deadline on the session's scope, attaching removes it. So expiry is cancellation, and there
-is no timer to forget.
+detaching sets a deadline on the session's scope, attaching removes it, the exit of a process may move it. So
+expiry is cancellation, and there is no timer to forget.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from logging import getLogger
 from typing import Protocol
 
 import trio
+from attrs import frozen
 
 from execenv._service import open_nursery
 from execenv.abc import EnvironmentBackend
@@ -26,6 +27,21 @@ logger = getLogger(__name__)
 
 DETACHED_TTL = 80.0  # protocol.md §11
 RETENTION = 80.0
+
+
+@frozen
+class DetachedTtl:
+    """How long a session waits for its client to come back. Seconds; either may be infinite.
+
+    Attributes:
+        running: counted from the loss of the connection, as long as a process of the session runs.
+        exited: counted once no process runs, from the last exit or from the loss, whichever was later;
+            `None` if exits make no difference.
+    """
+
+    running: float = DETACHED_TTL
+    exited: float | None = None
+
 
 OpenEnvironment = Callable[[], AbstractAsyncContextManager[EnvironmentBackend]]
 
@@ -39,19 +55,17 @@ class Attachment(Protocol):
 class Session:
     """One client's environment and processes. Made by `Sessions.open`."""
 
-    def __init__(self, detached_ttl: float, retention: float) -> None:
+    def __init__(self, detached_ttl: DetachedTtl, retention: float) -> None:
         self.session_id = str(uuid.uuid4())
         self.environment: EnvironmentBackend
         self.processes: ProcessTable
+        self.channel: Channel | None = None
+        """Where notifications go now; `None` while detached."""
         self._attached: Attachment | None = None
+        self._detached_at = math.inf
         self._detached_ttl = detached_ttl
         self._retention = retention
         self._scope = trio.CancelScope()
-
-    @property
-    def channel(self) -> Channel | None:
-        """Where notifications go now; `None` while detached."""
-        return None if self._attached is None else self._attached.channel
 
     async def run(
         self,
@@ -66,23 +80,47 @@ class Session:
                 await self.processes.expire_for_ever()
 
     def attach(self, attachment: Attachment) -> None:
-        """Make this the connection that gets what happens from now on. Nothing is replayed.
+        """Make the session this connection's, and nobody else's.
 
         Raises:
-            SessionAttached: if another connection holds the session.
+            SessionAttached: if another connection holds it. That one is asked for a sign of life, and ended
+                if it gives none: its client may have noticed before us that it is gone.
         """
         if self._attached is not None:
+            self._attached.channel.probe_nowait()
             raise SessionAttached(f"session {self.session_id} is already attached to another connection")
         self._attached = attachment
         self._scope.deadline = math.inf
-        self.processes.connection_changed()
+
+    def begin(self, attachment: Attachment) -> None:
+        """Notify the connection of what happens from now on. Nothing is replayed.
+
+        Called when the client's `initialize` was answered, so that no notification precedes the answer.
+        """
+        if self._attached is attachment:
+            self.channel = attachment.channel
+            self.processes.connection_made()
 
     def detach(self, attachment: Attachment) -> None:
         """The connection has ended; the session lives on for a while."""
         if self._attached is attachment:
             self._attached = None
-            self.processes.connection_changed()
-            self._scope.deadline = trio.current_time() + self._detached_ttl
+            if self.channel is not None:
+                self.channel = None
+                self.processes.connection_lost()
+            self._detached_at = trio.current_time()
+            self._scope.deadline = self._expires_at()
+
+    def process_exited(self) -> None:
+        """A process that ran does not run any more."""
+        if self._attached is None and not self.expired:
+            self._scope.deadline = self._expires_at()
+
+    def _expires_at(self) -> float:
+        ttl = self._detached_ttl
+        if ttl.exited is None or self.processes.running:
+            return self._detached_at + ttl.running
+        return max(self._detached_at, self.processes.last_exit) + ttl.exited
 
     def close(self) -> None:
         """End the session now, with its processes."""
@@ -98,7 +136,11 @@ class Sessions:
     """All sessions of a server. Got from `open_sessions`."""
 
     def __init__(
-        self, nursery: trio.Nursery, open_environment: OpenEnvironment, detached_ttl: float, retention: float
+        self,
+        nursery: trio.Nursery,
+        open_environment: OpenEnvironment,
+        detached_ttl: DetachedTtl,
+        retention: float,
     ) -> None:
         self._nursery = nursery
         self._open_environment = open_environment
@@ -143,15 +185,21 @@ class Sessions:
 
 @asynccontextmanager
 async def open_sessions(
-    open_environment: OpenEnvironment, *, detached_ttl: float = DETACHED_TTL, retention: float = RETENTION
+    open_environment: OpenEnvironment,
+    *,
+    detached_ttl: DetachedTtl | float = DETACHED_TTL,
+    retention: float = RETENTION,
 ) -> AsyncIterator[Sessions]:
     """A place for sessions. Leaving the block ends them all.
 
     Args:
         open_environment: what each session serves.
         detached_ttl: seconds that a session waits for its client to come back; may be infinite.
-        retention: seconds that a process stays readable, and its id taken, after it was closed.
+        retention: seconds that a process stays readable, and its id taken, after it was closed. They begin
+            anew when the client comes back, and none is forgotten while it is away.
     """
+    if not isinstance(detached_ttl, DetachedTtl):
+        detached_ttl = DetachedTtl(detached_ttl)
     async with open_nursery() as nursery:
         yield Sessions(nursery, open_environment, detached_ttl, retention)
         nursery.cancel_scope.cancel()

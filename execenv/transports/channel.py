@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from execenv.errors import ConnectionLost
+from execenv.errors import ConnectionLost, Outcome
 
 DEFAULT_MAX_MESSAGE = 64 * 1024 * 1024
 """What a server takes as one message, in bytes (protocol.md §11). There is no limit on what it sends."""
@@ -69,6 +69,9 @@ class Channel(ABC):
         `code` and `reason` go into a websocket's close frame and nowhere else.
         """
 
+    def probe_nowait(self) -> None:  # noqa: B027 - where one end cannot vanish without a word to the other
+        """Ask the peer for a sign of life, and end the channel if none arrives soon."""
+
     @asynccontextmanager
     async def open_message(self) -> AsyncIterator[SendPart]:
         """One message in parts, for what is too large to be held at once; leaving the block ends it.
@@ -114,10 +117,10 @@ class Channel(ABC):
         """Whether producers should wait for room. Never true of a channel that has ended."""
         return self.queued > HIGH_WATER and not self._closed
 
-    def lost(self) -> ConnectionLost:
-        """The error for whoever still wants something of this channel."""
+    def lost(self, outcome: Outcome = "not sent") -> ConnectionLost:
+        """The error for whoever still wants something of this channel, or wanted it."""
         reason = f": {self.loss}" if self.loss else ""
-        return ConnectionLost(f"exec-server transport disconnected{reason}")
+        return ConnectionLost(f"exec-server transport disconnected{reason}", outcome)
 
     def _sent(self, count: int) -> None:
         self.queued -= count

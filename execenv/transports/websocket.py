@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 PING_INTERVAL = 30.0
 PONG_TIMEOUT = 60.0
+PROBE_TIMEOUT = 5.0
 MAX_HEAD = 64 * 1024
 NOT_SENT_LOW_WATER = 128 * 1024
 
@@ -45,8 +46,7 @@ class WebsocketFraming(Framing):
 
     def messages(self, data: bytes) -> Iterable[bytes]:
         pump = self._pump
-        if pump.awaited is not None:
-            pump.awaited.set()
+        pump.hear()
         for event in self._codec.receive(data):
             if type(event) is bytes:
                 yield event
@@ -77,8 +77,10 @@ class WebsocketChannel(Pump):
 
     Args:
         ping_interval: seconds between pings, the first one a full interval after the start.
-        pong_timeout: seconds that a peer may stay silent after a ping; infinite for accepted sockets,
-            since the reference's clients need not answer.
+        pong_timeout: seconds that a peer may stay silent after a ping.
+
+    A server is patient with a client that does not take what was sent to it: the ping lies behind that. It is
+    for TCP to say then whether the client is still there.
     """
 
     def __init__(
@@ -90,18 +92,28 @@ class WebsocketChannel(Pump):
         leftover: bytes,
         max_message: int = DEFAULT_MAX_MESSAGE,
         ping_interval: float = PING_INTERVAL,
-        pong_timeout: float = math.inf,
+        pong_timeout: float = PONG_TIMEOUT,
     ) -> None:
         super().__init__(label, io)
+        self._patient = not client
         self._codec = FrameCodec(client=client, max_message=max_message)
         self.framing = WebsocketFraming(self, self._codec, leftover)
         self._leftover = leftover
         self._ping_interval = ping_interval
         self._pong_timeout = pong_timeout
-        self.awaited: trio.Event | None = None  # set by the next bytes that arrive
+        self._heard: trio.Event | None = None  # set by the next bytes that arrive
+        self._nursery: trio.Nursery | None = None
+        self._probing = False
+
+    def hear(self) -> None:
+        """Something has arrived, whatever it is."""
+        if self._heard is not None:
+            self._heard.set()
+            self._heard = None
 
     async def run(self, receive: Callable[[bytes], None]) -> None:
         async with trio.open_nursery() as nursery:
+            self._nursery = nursery
             nursery.start_soon(self._keep_alive)
             leftover, self._leftover = self._leftover, b""
             if leftover:
@@ -113,15 +125,41 @@ class WebsocketChannel(Pump):
         next_ping = trio.current_time() + self._ping_interval
         while True:
             await trio.sleep_until(next_ping)
-            self.awaited = trio.Event()
-            self.send_urgent(self._codec.encode_ping())
-            with trio.move_on_after(self._pong_timeout) as patience:
-                if self._pong_timeout < math.inf:
-                    await self.awaited.wait()
-            self.awaited = None
-            if patience.cancelled_caught:
-                self.fail(f"no answer to a ping within {self._pong_timeout:g} s")
+            answer = self._ping()
+            if self._pong_timeout < math.inf:
+                stuck = False
+                while not await _is_set_within(answer, self._pong_timeout):
+                    refused = self._patient and self.queued > self._behind_bytes
+                    if not refused and not stuck:
+                        self.fail(f"no answer to a ping within {self._pong_timeout:g} s")
+                        return
+                    # Once it has taken everything it has as long again to answer.
+                    stuck = refused
             next_ping = max(next_ping + self._ping_interval, trio.current_time())
+
+    def _ping(self) -> trio.Event:
+        if self._heard is None:
+            self._heard = trio.Event()
+        self.send_urgent(self._codec.encode_ping())
+        return self._heard
+
+    def probe_nowait(self) -> None:
+        if self._nursery is not None and not self._probing and not self._ending and not self.closed:
+            self._probing = True
+            self._nursery.start_soon(self._probe)
+
+    async def _probe(self) -> None:
+        if not await _is_set_within(self._ping(), PROBE_TIMEOUT):
+            self.fail(f"no answer to a ping within {PROBE_TIMEOUT:g} s")
+        self._probing = False
+
+
+async def _is_set_within(event: trio.Event, seconds: float) -> bool:
+    with trio.move_on_after(seconds):
+        await event.wait()
+    if not event.is_set():  # after a pause of this whole program the answer lies there, to be read first
+        await trio.lowlevel.checkpoint()
+    return event.is_set()
 
 
 class _Replayed(ByteIO):
@@ -239,6 +277,7 @@ async def accept(
     *,
     max_message: int = DEFAULT_MAX_MESSAGE,
     ping_interval: float = PING_INTERVAL,
+    pong_timeout: float = PONG_TIMEOUT,
 ) -> WebsocketChannel:
     """Answer an upgrade request with 101 and take the stream over.
 
@@ -270,6 +309,7 @@ async def accept(
         leftover=leftover,
         max_message=max_message,
         ping_interval=ping_interval,
+        pong_timeout=pong_timeout,
     )
 
 

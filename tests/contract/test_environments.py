@@ -49,7 +49,7 @@ async def test_environment_says_what_it_is(opener: Opener) -> None:
             info = await environment.info()
             assert isinstance(info.cwd, PathUri)
             assert info.shell.path.startswith("/")
-            assert await environment.status() == "ready"
+            assert await environment.probe() == "ready"
             assert environment.name in repr(environment)
 
 
@@ -129,7 +129,7 @@ async def test_session_that_is_attached_cannot_be_resumed(websocket_server: Webs
             with pytest.raises(ConnectFailed, match="already attached"):
                 async with open_environment(websocket_server.url, resume_session_id=environment.session_id):
                     raise AssertionError("attached twice")
-            assert await environment.status() == "ready"
+            assert await environment.probe() == "ready"
 
 
 async def test_unknown_session_cannot_be_resumed(websocket_server: WebsocketServer) -> None:
@@ -167,7 +167,7 @@ async def _open_cuttable(kind: str) -> AsyncIterator[tuple[Environment, Callable
             yield environment, channel.close_nowait
     elif kind == "websocket":
         with run_websocket_server() as server:
-            async with open_environment(server.url) as environment:
+            async with open_environment(server.url, recovery=0) as environment:
                 yield environment, server.process.kill
     else:
         # The shell makes its server's pid known, so that the server can be killed.
@@ -212,10 +212,10 @@ async def test_run_that_loses_its_connection_says_so(
             await environment.run(["sh", "-c", "echo first; sleep 1000"], capture=output)
         assert captured_output(caught.value) is output
         assert bytes(output.stdout) == b"first\n"
-        with pytest.raises(ConnectionLost):
-            await environment.run(["true"])
-        with pytest.raises(ConnectionLost):
-            await environment.status()
+        for call in (partial(environment.run, ["true"]), environment.probe):
+            with pytest.raises((ConnectionLost, ConnectFailed)) as caught_again:
+                await call()
+            assert caught_again.value.outcome == "not sent"
 
 
 async def test_everything_that_waits_hears_of_the_lost_connection(

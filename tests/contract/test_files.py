@@ -1193,7 +1193,7 @@ async def _changes(environment: Environment, change: Call, missing: list[str], p
             seen.set()
 
         nursery.start_soon(wait)
-        await environment.status()
+        await environment.probe()
         await wait_all_tasks_blocked()
         assert not seen.is_set()
         await change()

@@ -10,6 +10,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from execenv import Environment
 from execenv.remote.connection import open_remote
+from execenv.remote.session import only
 from execenv.server.listen import serve_channel
 from execenv.server.sessions import open_sessions
 from execenv.transports.memory import memory_pair
@@ -29,7 +30,7 @@ async def remote(host: FakeHost) -> AsyncIterator[Environment]:
     async with time_limit(), open_sessions(host.open) as sessions, trio.open_nursery() as nursery:
         ours, theirs = memory_pair()
         nursery.start_soon(serve_channel, theirs, sessions)
-        async with open_remote(ours) as environment:
+        async with open_remote(only(ours), "memory") as environment:
             yield Environment(environment)
 
 

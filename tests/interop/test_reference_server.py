@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 import pytest
@@ -27,6 +28,7 @@ from tests.contract import (
     test_variables,
 )
 from tests.interop.codex import ProcessMark, require_codex
+from tests.test_cuts import CUTS, Body, check_restart, open_cuttable
 
 pytestmark = pytest.mark.interop
 
@@ -106,13 +108,19 @@ def _parameter(contract: Contract) -> ParameterSet:
     return pytest.param(contract, id=name.removeprefix("test_"), marks=marks)
 
 
-@pytest.fixture(scope="module")
-def reference_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    codex, home, mark = require_codex(), str(tmp_path_factory.mktemp("codex")), ProcessMark()
+@contextmanager
+def run_reference(home: str) -> Iterator[str]:
+    codex, mark = require_codex(), ProcessMark()
     env = {"PATH": os.environ["PATH"], "HOME": home, "CODEX_HOME": home, **SERVER_VARIABLES, **mark.env}
     with run_websocket_server([str(codex), "exec-server", "--listen", ANY_PORT], env) as server:
         yield server.url
     mark.kill()  # what it does not end, such as daemons
+
+
+@pytest.fixture(scope="module")
+def reference_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with run_reference(str(tmp_path_factory.mktemp("codex"))) as url:
+        yield url
 
 
 @pytest.fixture
@@ -129,3 +137,18 @@ async def test_reference(contract: Contract, environment: Environment) -> None:
 def test_differences_name_contracts() -> None:
     assert DIFFERENCES.keys() >= SOMETIMES
     assert DIFFERENCES.keys() <= {contract.__name__ for contract in contracts()}
+
+
+@pytest.mark.parametrize("body", CUTS, ids=lambda body: body.__name__)
+async def test_reference_behind_cuts(
+    body: Body, reference_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    async with open_cuttable(reference_url) as (env, proxy):
+        await body(env, proxy, str(tmp_path_factory.mktemp("folder")))
+
+
+async def test_reference_that_was_restarted(
+    reference_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with run_reference(str(tmp_path_factory.mktemp("codex"))) as other_url:
+        await check_restart(other_url, reference_url)
