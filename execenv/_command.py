@@ -62,7 +62,7 @@ class CommandChannel(PipeChannel):
             text += " and without a word: was its stdin closed? docker exec and kubectl exec need -i"
         elif status == 127:
             text += ": a program was not found at the other side" + (" (sh)" if bootstrap else "")
-        return ConnectFailed(text)
+        return ConnectFailed(text, retryable=error.retryable)
 
 
 @asynccontextmanager

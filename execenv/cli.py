@@ -777,22 +777,22 @@ def _file(path: str, named: str = "") -> bytes:
 def _locations(
     texts: Sequence[str], aliases: Sequence[str], default: str | None = "local", *, bootstrap: bool
 ) -> list[Location]:
-    from functools import partial
-
     from execenv._locations import parse_alias, parse_location
     from execenv.errors import UsageError
     from execenv.providers import named_target
 
     try:
-        given = (parse_alias(text, named_target) for text in aliases)
-        known = {name: _brought(target, bootstrap) for name, target in given}
-        where = partial(_target, default, bootstrap)
-        return [parse_location(text, known, where, named_target) for text in texts]
+        named = [parse_alias(text, named_target) for text in aliases]
+        known = {name: _brought(target, bootstrap) for name, target in named}
+        return [
+            parse_location(text, known, lambda: _brought(_target(default), bootstrap), named_target)
+            for text in texts
+        ]
     except UsageError as error:
         raise click.ClickException(str(error)) from error
 
 
-def _target(text: str | None, bootstrap: bool) -> Target:
+def _target(text: str | None, bootstrap: bool = False) -> Target:
     from execenv._locations import parse_target
     from execenv.errors import UsageError
     from execenv.providers import default_target, named_target
@@ -803,21 +803,21 @@ def _target(text: str | None, bootstrap: bool) -> Target:
         raise click.ClickException(str(error)) from error
     brought = _brought(target, bootstrap)
     if bootstrap and brought is target:
-        raise click.ClickException(
-            f"--bootstrap is for a command, such as 'ssh devbox', and not for {text or 'the default'!r}"
-        )
+        shown = "the default environment" if text is None else repr(text)
+        raise click.ClickException(f"--bootstrap is for a command, such as 'ssh devbox', and not for {shown}")
     return brought
 
 
 def _brought(target: Target, bootstrap: bool) -> Target:
+    """The same, for a command with `--bootstrap` as one that execenv is brought along to."""
     from attrs import evolve
 
     from execenv.targets import CommandTarget
 
-    if bootstrap and isinstance(target, CommandTarget):
-        return evolve(target, bootstrap=True)
     if bootstrap and isinstance(target, list):
         return CommandTarget(tuple(target), bootstrap=True)
+    if bootstrap and isinstance(target, CommandTarget):
+        return evolve(target, bootstrap=True)
     return target
 
 

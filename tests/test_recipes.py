@@ -234,10 +234,23 @@ async def test_command_line_brings_a_server_into_a_container(box: Box) -> None:
 
 
 async def test_command_line_refuses_to_bring_a_server_to_this_machine() -> None:
-    argv = [*EXECENV, "info", "--bootstrap"]
-    done = await trio.run_process(argv, capture_stdout=True, capture_stderr=True, check=False)
+    argv = [*EXECENV, "info", "--env", "local", "--bootstrap"]
+    with trio.fail_after(TIME_LIMIT):
+        done = await trio.run_process(argv, capture_stdout=True, capture_stderr=True, check=False)
     assert (done.stdout, done.returncode) == (b"", 1)
     assert b"--bootstrap is for a command, such as 'ssh devbox', and not for 'local'" in done.stderr
+
+
+async def test_check_of_an_environment_brings_a_server_over_ssh(
+    sshd: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    with trio.fail_after(TIME_LIMIT):
+        argv = [*EXECENV, "env", "add", "devbox", "--bootstrap", "--", *in_cache(sshd, tmp_path)]
+        await trio.run_process(argv, capture_stdout=True)
+        done = await trio.run_process([*EXECENV, "env", "check", "devbox"], capture_stdout=True)
+    assert b"devbox" in done.stdout
+    assert (tmp_path / "cache" / "execenv").is_dir()
 
 
 @pytest.mark.parametrize("words", [("docker", "exec", "box"), ("kubectl", "exec", "pod", "--")])
