@@ -11,7 +11,6 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping
-from difflib import get_close_matches
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -131,8 +130,10 @@ def shown(text: str) -> str:
 
 def close_to(word: str, known: Collection[str]) -> str:
     """What `word` may be a slip of, as the end of a message; empty if nothing is."""
+    from difflib import get_close_matches
+
     found = get_close_matches(word, known, 1) or get_close_matches(word.lower(), known, 1)
-    return f"; did you mean `{found[0]}`?" if found else ""
+    return f"; did you mean {shown(found[0])}?" if found else ""
 
 
 # Reading.

@@ -314,8 +314,10 @@ class _Entry:
             return attempt.environment
         if attempt.error is None:
             raise self._gone()
-        sticky = "" if _may_pass(attempt.error) else "exec-server connection attempt failed: "
-        raise ConnectFailed(f"environment {shown(self._id)}: {sticky}{attempt.error}") from attempt.error
+        retryable = _may_pass(attempt.error)
+        sticky = "" if retryable else "exec-server connection attempt failed: "
+        text = f"environment {shown(self._id)}: {sticky}{attempt.error}"
+        raise ConnectFailed(text, retryable=retryable) from attempt.error
 
     def begin(self) -> _Attempt:
         nursery = self._manager._nursery

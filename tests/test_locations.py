@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from execenv import targets
 from execenv._locations import Location, Target, parse_alias, parse_location, parse_target
 from execenv.errors import UsageError
 
@@ -134,6 +135,38 @@ def test_command_is_split_as_a_shell_would(words: list[str]) -> None:
     text = shlex.join(words)
     if not text.startswith(("ws://", "wss://")):
         assert parse_target(text) == words
+
+
+def named(name: str) -> targets.Target | None:
+    return {"box": targets.WebsocketTarget("ws://box"), "sh": targets.WebsocketTarget("ws://sh")}.get(name)
+
+
+def test_configured_name_is_a_target_before_a_program_of_that_name() -> None:
+    assert parse_target("box", named) == named("box")
+    assert parse_target("sh", named) == named("sh")
+    assert parse_target("env", named) == ["env"]
+    for text in ("local", "ws://h"):
+        assert parse_target(text, named) == text
+    assert parse_target("box x", named) == ["box", "x"]
+    assert parse_target("./box", named) == ["./box"]
+    with pytest.raises(UsageError, match="'no-such-name' is no environment"):
+        parse_target("no-such-name", named)
+    assert parse_alias("x=box", named) == ("x", named("box"))
+
+
+def test_configured_name_may_stand_before_a_path_behind_aliases_and_local() -> None:
+    assert parse_location("sh:a", ALIASES, named=named) == Location(named("sh") or "", "a", "sh:a")
+    assert parse_location("box:a", ALIASES, named=named).target == BOX
+    assert parse_location("local:a", {}, named=lambda name: named("box")).target == "local"
+
+
+def test_default_place_is_only_looked_for_if_a_path_needs_it() -> None:
+    def refuse() -> Target:
+        raise UsageError("there is none")
+
+    assert parse_location("box:a", ALIASES, refuse).target == BOX
+    with pytest.raises(UsageError, match="there is none"):
+        parse_location("a", ALIASES, refuse)
 
 
 def test_alias_names_a_target() -> None:
