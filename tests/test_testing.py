@@ -853,6 +853,27 @@ async def test_writer_waits_for_a_program_that_reads_nothing(autojump_clock: tri
         assert scope.cancelled_caught
 
 
+async def test_program_that_gives_up_reading_a_line_gets_it_later(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async def impatient(process: ScriptedProcess) -> None:
+        with trio.move_on_after(1):
+            await process.read_line()
+        process.write_stdout(b"waiting\n")
+        process.write_stdout(await process.read_line() + await process.read_line())
+
+    async with (
+        testing.open_fake_environment({"impatient": impatient}) as env,
+        env.open_process(["impatient"], stdin=True) as process,
+    ):
+        assert process.stdin is not None
+        await process.stdin.send_all(b"one li")
+        assert await process.stdout.receive_some() == b"waiting\n"
+        await process.stdin.send_all(b"ne\nand")
+        await process.stdin.aclose()
+        assert await process.stdout.receive_some() == b"one line\nand"
+
+
 async def test_files_of_a_fake_environment_fail_as_files_do() -> None:
     async with testing.open_fake_backend(files={"/work/a": "text", "/work/deep/b": b"bytes"}) as backend:
         env = Environment(backend)
