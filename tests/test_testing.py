@@ -18,10 +18,14 @@ import pytest
 import trio
 import trio.lowlevel
 import trio.testing
-from attrs import Factory, define
+from attrs import Factory, define, evolve
 
 import execenv
 from execenv import ConnectFailed, ConnectionLost, Environment, UsageError, open_environment, testing
+from execenv.abc import FileSystem
+from execenv.local.filesystem import LocalFileSystem
+from execenv.paths import PathUri
+from execenv.protocol import U64, OpenMode, WalkOptions
 from execenv.remote.connection import open_remote
 from execenv.server.listen import read_head
 from execenv.testing import (
@@ -51,6 +55,7 @@ from execenv.transports._frames import FrameCodec
 from execenv.transports.channel import Channel
 from tests.conftest import WebsocketServer
 from tests.contract import test_input, test_output, test_run
+from tests.fakes import MOUNTS
 from tests.traces import TRACES
 
 Json = Any
@@ -853,6 +858,27 @@ async def test_writer_waits_for_a_program_that_reads_nothing(autojump_clock: tri
         assert scope.cancelled_caught
 
 
+async def test_program_that_gives_up_reading_a_line_gets_it_later(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async def impatient(process: ScriptedProcess) -> None:
+        with trio.move_on_after(1):
+            await process.read_line()
+        process.write_stdout(b"waiting\n")
+        process.write_stdout(await process.read_line() + await process.read_line())
+
+    async with (
+        testing.open_fake_environment({"impatient": impatient}) as env,
+        env.open_process(["impatient"], stdin=True) as process,
+    ):
+        assert process.stdin is not None
+        await process.stdin.send_all(b"one li")
+        assert await process.stdout.receive_some() == b"waiting\n"
+        await process.stdin.send_all(b"ne\nand")
+        await process.stdin.aclose()
+        assert await process.stdout.receive_some() == b"one line\nand"
+
+
 async def test_files_of_a_fake_environment_fail_as_files_do() -> None:
     async with testing.open_fake_backend(files={"/work/a": "text", "/work/deep/b": b"bytes"}) as backend:
         env = Environment(backend)
@@ -873,6 +899,120 @@ async def test_files_of_a_fake_environment_fail_as_files_do() -> None:
             await env.path("/work/deep").rmdir()
         with pytest.raises(FileExistsError):
             await env.path("/work/deep").mkdir()
+
+
+Step = Callable[[FileSystem, PathUri], Awaitable[object]]
+WALK = WalkOptions(U64(8), U64(8), U64(8), follow_directory_symlinks=True, prune_hidden_directories=True)
+STEPS: tuple[Step, ...] = (
+    lambda f, p: f.write_file(p.join("a"), b"one"),
+    lambda f, p: f.write_file(p.join("a"), b"other"),
+    lambda f, p: f.read_file(p.join("a")),
+    lambda f, p: f.read_file(p.join("missing")),
+    lambda f, p: f.read_file(p.join("a/b")),
+    lambda f, p: f.read_file(p),
+    lambda f, p: f.write_file(p.join("missing/a"), b""),
+    lambda f, p: f.write_file(p.join("a/b"), b""),
+    lambda f, p: f.create_directory(p.join("d/e/f")),
+    lambda f, p: f.create_directory(p.join("d/e/f")),
+    lambda f, p: f.create_directory(p.join("d/e"), recursive=False),
+    lambda f, p: f.create_directory(p.join("x/y"), recursive=False),
+    lambda f, p: f.create_directory(p.join("a")),
+    lambda f, p: f.create_directory(p.join("a/b")),
+    lambda f, p: f.create_directory(p.join("a/b"), recursive=False),
+    lambda f, p: f.write_file(p.join("d/e/g"), b"g"),
+    lambda f, p: f.write_file(p.join("d/.hidden"), b""),
+    lambda f, p: f.create_directory(p.join(".h/inner")),
+    lambda f, p: f.walk(p, WALK),
+    lambda f, p: f.walk(p.join("a"), WALK),
+    lambda f, p: f.walk(p.join("missing"), WALK),
+    lambda f, p: f.walk(p, evolve(WALK, max_entries=U64(2))),
+    lambda f, p: f.walk(p, evolve(WALK, max_directories=U64(2))),
+    lambda f, p: f.walk(p, evolve(WALK, max_depth=U64(0))),
+    lambda f, p: f.walk(p, evolve(WALK, max_depth=U64(0), max_directories=U64(0))),
+    lambda f, p: f.copy(p.join("d"), p.join("copy"), recursive=True),
+    lambda f, p: f.copy(p.join("d"), p.join("other"), recursive=False),
+    lambda f, p: f.copy(p.join("d"), p.join("d/e/inside"), recursive=True),
+    lambda f, p: f.copy(p.join("missing"), p.join("other"), recursive=True),
+    lambda f, p: f.copy(p.join("a"), p.join("copied"), recursive=False),
+    lambda f, p: f.read_file(p.join("copy/e/g")),
+    lambda f, p: f.remove(p.join("copy"), recursive=False),
+    lambda f, p: f.remove(p.join("copy")),
+    lambda f, p: f.remove(p.join("copy"), force=False),
+    lambda f, p: f.remove(p.join("copy")),
+    lambda f, p: f.remove(p.join("a/b"), force=True),
+    lambda f, p: f.rename(p.join("a"), p.join("moved")),
+    lambda f, p: f.rename(p.join("a"), p.join("moved")),
+    lambda f, p: f.rename(p.join("moved"), p.join("d")),
+    lambda f, p: f.rename(p.join("d"), p.join("moved")),
+    lambda f, p: f.rename(p.join("d"), p.join("d/e/inside")),
+    lambda f, p: f.rename(p.join(".h"), p.join("d")),
+    lambda f, p: f.rename(p.join("moved"), p.join("missing/a")),
+    lambda f, p: f.set_metadata(p.join("moved"), mode=0o640, modified_at_ms=1_000),
+    lambda f, p: f.set_metadata(p.join("missing"), mode=0o640),
+    lambda f, p: _facts(f, p.join("moved")),
+    lambda f, p: _facts(f, p.join("d")),
+    lambda f, p: _facts(f, p.join("missing")),
+    lambda f, p: _in_blocks(f, p.join("blocks"), "replace"),
+    lambda f, p: _in_blocks(f, p.join("blocks"), "update"),
+    lambda f, p: _in_blocks(f, p.join("d"), "replace"),
+    lambda f, p: f.open(p.join("missing")),
+    lambda f, p: f.open(p),
+    lambda f, p: f.canonicalize(p.join("d")),
+    lambda f, p: f.canonicalize(p.join("missing")),
+    lambda f, p: f.read_directory(p.join("moved")),
+    lambda f, p: _names(f, p),
+)
+
+
+async def _facts(files: FileSystem, path: PathUri) -> object:
+    found = await files.get_metadata(path)
+    size = found.size if found.is_file else 0
+    return found.is_file, found.is_directory, size, found.is_file and (found.mode, found.modified_at_ms)
+
+
+async def _in_blocks(files: FileSystem, path: PathUri, mode: OpenMode) -> object:
+    handle = await files.open(path, mode)
+    await handle.write(3, b"abc")
+    await handle.close()
+    await handle.close()
+    reader = await files.open(path)
+    try:
+        return [await reader.read(offset, 4) for offset in (0, 4, 100)]
+    finally:
+        await reader.close()
+
+
+async def _names(files: FileSystem, path: PathUri) -> object:
+    return sorted((e.file_name, e.is_directory, e.is_file) for e in await files.read_directory(path))
+
+
+async def test_files_in_memory_do_as_files_on_disk_do(tmp_path: Path) -> None:
+    real, fake = LocalFileSystem(MOUNTS), testing.MemoryFileSystem({}, [str(tmp_path)])
+    top = PathUri.from_native(str(tmp_path))
+    for number, step in enumerate(STEPS):
+        outcomes = []
+        for disk in (real, fake):
+            try:
+                outcomes.append(await step(disk, top))
+            except OSError as error:
+                outcomes.append((type(error), error.errno, os.fsdecode(error.filename)))
+        assert outcomes[0] == outcomes[1], f"step {number}"
+
+
+async def test_watch_of_files_in_memory_tells_what_comes_and_what_changes() -> None:
+    files = testing.MemoryFileSystem({"/work/a": "x"})
+    here, there = PathUri.from_native("/work/a"), PathUri.from_native("/work/b")
+    async with files.watch_missing((here,)) as watch:
+        assert watch is None
+    async with files.watch_missing((), there) as watch:
+        assert watch is None
+    for changed in (here, there):
+        async with files.watch_missing((there,), here) as watch, trio.open_nursery() as nursery:
+            assert watch is not None
+            nursery.start_soon(watch.wait)
+            await trio.testing.wait_all_tasks_blocked()
+            assert nursery.child_tasks
+            await files.write_file(changed, b"y")
 
 
 async def test_program_and_its_user_see_the_same_files() -> None:

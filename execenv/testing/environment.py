@@ -150,6 +150,24 @@ class ScriptedProcess(Process):
         if self._line:
             line, self._line = self._line, b""
             return line
+        return await self._next_input()
+
+    async def read_line(self) -> bytes:
+        """The next line of stdin, with its end; without one at the end of file, and then `b""`.
+
+        Loses nothing when it is cancelled.
+        """
+        await trio.lowlevel.checkpoint()
+        while b"\n" not in self._line:
+            data = await self._next_input()
+            if not data:
+                break
+            self._line += data
+        end = self._line.find(b"\n") + 1 or len(self._line)
+        line, self._line = self._line[:end], self._line[end:]
+        return line
+
+    async def _next_input(self) -> bytes:
         while not self._input:
             if self._input_ended:
                 return b""
@@ -157,18 +175,6 @@ class ScriptedProcess(Process):
         data = self._input.popleft()
         self._input_changed.unpark_all()
         return data
-
-    async def read_line(self) -> bytes:
-        """The next line of stdin, with its end; without one at the end of file, and then `b""`."""
-        while b"\n" not in self._line:
-            line, self._line = self._line, b""
-            data = await self.read_stdin()
-            self._line = line + data
-            if not data:
-                break
-        end = self._line.find(b"\n") + 1 or len(self._line)
-        line, self._line = self._line[:end], self._line[end:]
-        return line
 
     def trap(self, signal: SignalName) -> trio.Event:
         """From now on that signal does not end the process but sets the event that this returns.
@@ -183,6 +189,7 @@ class ScriptedProcess(Process):
         if not self._log.exited:
             self._publish(self._log.exit(code))
             self._input.clear()
+            self._input_ended = True
             self._input_changed.unpark_all()
 
     def _print(self, stream: str, data: bytes) -> None:

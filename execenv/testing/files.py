@@ -328,7 +328,10 @@ class MemoryFileSystem(FileSystem):
         await trio.lowlevel.checkpoint()
         found = self._find(source)
         old, old_name = self._place(source)
-        new, new_name = self._place(destination)
+        try:
+            new, new_name = self._place(destination)
+        except OSError as error:  # the system's error has the first of the two names
+            raise file_error(error.errno or errno.EIO, source) from None
         there = new.children.get(new_name)
         if there is found:
             return

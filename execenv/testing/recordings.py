@@ -183,7 +183,8 @@ class Recorder:
 
     Secrets are replaced, wherever they occur, by what says no more than which is which: session ids, by
     `session-1` and so on; the values of variables and headers whose name speaks of a key, a token, a secret,
-    a password or a cookie; and `secrets`. What else a program prints is written down as it is.
+    a password or a cookie; and `secrets`. What else a program prints is written down as it is, and a secret
+    that it prints in two pieces is not found.
 
     Args:
         secrets: texts that must not be in the recording.
