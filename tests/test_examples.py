@@ -214,6 +214,8 @@ async def test_command_of_the_readme_works(
     if command.startswith("execenv cp"):
         assert re.fullmatch(r".*: \d+ files?, [\d.]+ \w+ in [\d.]+ s\n", told)
         told = ""
+    elif command.startswith("execenv env add"):
+        assert (at_home / "config/execenv/environments.toml").exists()
     elif "readyz" not in command:
         assert done.stdout.strip()
     assert (told, done.returncode) == ("", 0)
