@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 PIECE = 4096  # PIPE_BUF: what a pipe that is writable takes without blocking
 READ_SIZE = 64 * 1024
+A_MOMENT = 0.5
+"""Seconds of a lost connection that nobody needs to hear of."""
 
 # Controls, line ends, reversals of direction, and bytes that are not UTF-8.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -41,14 +43,19 @@ def complain(text: str) -> None:
 
 
 async def tell_of_losses(environment: Environment) -> None:
-    """Say on stderr when the connection is lost, and when it is there again, until cancelled."""
-    lost = False
+    """Say on stderr when the connection is lost for more than a moment, and when it is there again.
+
+    Runs until cancelled.
+    """
+    told = False
     async for change in environment.status:
-        if change.state == "recovering":
-            lost = True
-            complain(f"{environment.name}: connection lost, trying to get it back")
-        elif change.state == "connected" and lost:
-            lost = False
+        if change.state == "recovering" and not told:
+            await trio.sleep(A_MOMENT)
+            if environment.status.state == "recovering":
+                told = True
+                complain(f"{environment.name}: connection lost, trying to get it back")
+        elif change.state == "connected" and told:
+            told = False
             complain(f"{environment.name}: connected again")
 
 

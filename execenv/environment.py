@@ -37,6 +37,10 @@ from execenv.status import Status
 TERMINATE_DEADLINE = 15.0
 """Seconds that leaving a block waits for the environment to end a process, when nothing else does."""
 
+LOST_DEADLINE = 3.0
+"""The same, where the block is left by an error or a cancellation while the connection is being made again:
+whoever ends it then, the next connection does."""
+
 INHERIT_ALL = EnvPolicy("all", True, (), {}, ())
 
 
@@ -349,8 +353,10 @@ class Environment:
 
     async def _end(self, process: Process, *, body_failed: bool) -> None:
         backend, inbox = process._backend, process._inbox
+        hurried = body_failed and self.status.state != "connected"
+        patience = LOST_DEADLINE if hurried else TERMINATE_DEADLINE
         try:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + TERMINATE_DEADLINE) as scope:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + patience) as scope:
                 termination = await backend.terminate()
                 process.receipt = termination.receipt
             if scope.cancelled_caught and not body_failed:

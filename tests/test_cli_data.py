@@ -324,7 +324,7 @@ async def test_copy_goes_on_with_another_server_when_the_first_was_killed(
             server.process.kill()
             stdout, stderr, status = await run.rest()
     assert (stdout, status) == (b"", 1)
-    check_one_line(stderr, "cannot connect")
+    check_one_line(stderr, "connect")
     with run_websocket_server([*SERVE, url]):
         await check_resumed(str(large), f"{url}:{into}", part, large)
 
@@ -339,9 +339,8 @@ async def test_copy_goes_on_by_itself_when_the_server_is_started_again(large: Pa
             server.process.kill()
             server.process.wait()
             with run_websocket_server([*SERVE, url]):
-                stdout, stderr, status = await run.rest()
+                stdout, _, status = await run.rest()
     assert (stdout, status) == (b"", 0)
-    assert "connection lost" in stderr.decode()
     assert filecmp.cmp(large, into / large.name, shallow=False)
 
 

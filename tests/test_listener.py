@@ -544,7 +544,7 @@ def watched() -> Iterator[Watched]:
 async def start_families(url: str, watched: Watched, task_status: trio.TaskStatus[None]) -> None:
     """One family on pipes and one on a terminal; then wait for the end of the connection."""
     async with (
-        open_environment(url) as environment,
+        open_environment(url, recovery=0) as environment,
         environment.open_process(python(FAMILY)) as piped,
         environment.open_process(python(FAMILY), tty=True) as on_terminal,
     ):

@@ -21,6 +21,7 @@ from execenv import (
     ProcessNotStarted,
     fail_fast,
 )
+from execenv._standard_streams import tell_of_losses
 from execenv.errors import InternalError
 from execenv.remote.connection import open_remote
 from execenv.remote.session import Recovery
@@ -588,6 +589,43 @@ async def test_leaving_while_recovering_does_not_wait(autojump_clock: MockClock)
         await wait_all_tasks_blocked()
         left_at = trio.current_time()
     assert trio.current_time() == left_at
+
+
+async def test_command_line_tells_of_losses_that_last(
+    autojump_clock: MockClock, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with open_network() as (network, env), trio.open_nursery() as nursery:
+        nursery.start_soon(tell_of_losses, env)
+        await wait_all_tasks_blocked()
+        network.cut()
+        await trio.sleep(10)
+        assert capfd.readouterr().err == ""
+        network.reachable = False
+        network.cut()
+        await trio.sleep(10)
+        network.reachable = True
+        await trio.sleep(10)
+        lost, again = capfd.readouterr().err.splitlines()
+        assert "connection lost" in lost
+        assert "connected again" in again
+        nursery.cancel_scope.cancel()
+
+
+async def test_cancelling_while_recovering_is_quick_and_the_process_is_ended_later(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_network() as (network, env):
+        began = trio.current_time()
+        with trio.move_on_after(1):
+            async with env.open_process(["x"]) as process:
+                child = network.process()
+                network.reachable = False
+                network.cut()
+                await process.wait()
+        assert trio.current_time() - began < 5
+        network.reachable = True
+        await trio.sleep(5)
+        assert child.signals == ["terminate"]
 
 
 async def test_status_ends_with_its_environment(autojump_clock: MockClock) -> None:
