@@ -250,10 +250,11 @@ async def test_restarted_server_fails_the_running_command_and_not_the_next(
         assert initialized[-1].msg["params"]["resumeSessionId"] is None
 
 
+@pytest.mark.parametrize("kind", ["execenv"])
 async def test_half_open_connection_does_not_lock_out_its_client(place: Place) -> None:
     """Codex learns that its connection is gone, the server does not: it has to find out before 45 s are over.
 
-    The reference does not, and codex gives up.
+    The reference does not, and after 45 s codex gives up, which is too long to be shown each time.
     """
     with trio.fail_after(TIME_LIMIT):
         outputs = await place.run(
@@ -263,9 +264,6 @@ async def test_half_open_connection_does_not_lock_out_its_client(place: Place) -
     errors = [place.reply(line).get("error") for line in place.requests("initialize")[1:]]
     locked_out = {"code": -32010, "message": "session session-1 is already attached to another connection"}
     assert errors[0] == locked_out
-    if place.name == "reference":
-        assert "recovery timed out after 45s" in outputs[-1]
-    else:
-        assert ExecResult.parse(outputs[-1]).output.endswith("got end\r\n")
-        assert errors[-1] is None
-        assert all(error == locked_out for error in errors[:-1])
+    assert ExecResult.parse(outputs[-1]).output.endswith("got end\r\n")
+    assert errors[-1] is None
+    assert all(error == locked_out for error in errors[:-1])
