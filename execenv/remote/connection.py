@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import trio
 
@@ -191,19 +191,23 @@ class RemoteEnvironment(EnvironmentBackend):
             ConnectionLost: if it cannot be done (again). Its `outcome` is that of all attempts.
             ConnectFailed: if it never was sent.
         """
-        tries = Tries(self._recovery)
+        tries: Tries | None = None
         while True:
-            try:
-                session = await self.session()
-            except (ConnectFailed, ConnectionLost) as error:
-                if tries.sent:
-                    raise ConnectionLost(str(error), "unknown") from error
-                raise
-            assert session.peer is not None
-            peer = session.peer
+            session = self._session
+            peer = None if session is None else session.peer
+            if session is None or peer is None:
+                try:
+                    session = await self.session()
+                except (ConnectFailed, ConnectionLost) as error:
+                    if tries is not None and tries.sent:
+                        raise ConnectionLost(str(error), "unknown") from error
+                    raise
+                assert session.peer is not None
+                peer = session.peer
             try:
                 return await use(peer)
             except ConnectionLost as error:
+                tries = tries or Tries(self._recovery)
                 tries.note(error)
                 if not self._may_come_back or (tries.sent and not repeat):
                     raise again(error, tries.outcome) from error.__cause__
@@ -213,9 +217,9 @@ class RemoteEnvironment(EnvironmentBackend):
     def _may_come_back(self) -> bool:
         return self._recovery is not None and not self._closing
 
-    async def call(self, method: Method[P, R], params: P, *, repeat: bool = False) -> R:
+    def call(self, method: Method[P, R], params: P, *, repeat: bool = False) -> Coroutine[Any, Any, R]:
         """A call that has nothing to do with what the session holds. See `with_peer`."""
-        return await self.with_peer(lambda peer: peer.call(method, params), repeat=repeat)
+        return self.with_peer(lambda peer: peer.call(method, params), repeat=repeat)
 
     async def info(self) -> EnvironmentInfo:
         session = self._session
