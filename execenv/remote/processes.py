@@ -40,6 +40,7 @@ from execenv.errors import (
     InvalidRequest,
     NotSupported,
     ProtocolViolation,
+    RpcError,
 )
 from execenv.protocol import (
     CHUNK_OVERHEAD,
@@ -106,6 +107,7 @@ class RemoteProcess(Process):
         self._terminal: dict[int, Event] = {}  # exit and close, seen while catching up
         self._exit_passed = False
         self._ended = False
+        self._closed = False
         self._stdin_by_size = False
         self._windowed = False
         self._untold = 0  # bytes taken since the server was told
@@ -161,7 +163,7 @@ class RemoteProcess(Process):
         if isinstance(event, Exited):
             self._exit_passed = True
         elif isinstance(event, Closed):
-            self._ended = True
+            self._ended = self._closed = True
             self._owner.remove(self)
         elif isinstance(event, Output):
             if self._passed is not None:
@@ -260,6 +262,10 @@ class RemoteProcess(Process):
             self._held = 0
             if self._windowed and not self._ended:
                 self._tell()
+        except RpcError as error:  # such as: it is not known any more
+            text = f"failed to recover process {self.process_id}: {error.message}"
+            self.fail(ConnectionLost(text, "unknown"))
+            self._owner.terminate_nowait(self.session, ProcessTerminateParams(self.process_id))
         except ExecenvError as error:
             self.fail(error)
         finally:
@@ -370,7 +376,7 @@ class RemoteProcess(Process):
 
     async def terminate(self, *, receipt: bool = True, grace: float = 0.0) -> Termination:
         extended = await self._owner.has("processReceipt")
-        if not extended and self._ended and self.session.lost is None:
+        if not extended and self._closed:
             return Termination(False)
         params = ProcessTerminateParams(self.process_id)
         if extended:
@@ -472,13 +478,18 @@ class RemoteProcesses(Processes):
 
     def connected(self, session: Session) -> None:
         """The session was opened, or resumed. Called before anything is received over its connection."""
-        assert session.peer is not None
         unsent, self.unsent = self.unsent, {}
         for params in unsent.values():
-            with suppress(ConnectionLost):
-                session.peer.call_nowait(PROCESS_TERMINATE, params).drop()
+            self.terminate_nowait(session, params)
         for process in self._listening():
             process.connected()
+
+    @staticmethod
+    def terminate_nowait(session: Session, params: ProcessTerminateParams) -> None:
+        """Have a process ended that nobody waits for."""
+        if session.peer is not None:
+            with suppress(ConnectionLost):
+                session.peer.call_nowait(PROCESS_TERMINATE, params).drop()
 
     def disconnected(self) -> None:
         for process in self._listening():
