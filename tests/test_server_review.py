@@ -1,0 +1,75 @@
+"""What a hostile reader of the server and of the testing tools has found, each mended since."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+from trio.testing import MockClock, memory_stream_pair
+
+from execenv.transports._frames import FrameCodec, Ping
+from execenv.transports._pump import StreamIO
+from execenv.transports.websocket import WebsocketChannel
+
+KIB = 1024
+
+# Slow readers. Kernels take what is sent, here the memory stream does; that says nothing of who reads it.
+
+
+async def ends_at(*, size: int, reads: int) -> float:
+    """When a server ends a connection over which it has sent `size` bytes, to a client that reads so many in
+    a second, and answers the pings among them. 1000 if it did not."""
+    ours, theirs = memory_stream_pair()
+    channel = WebsocketChannel("test", StreamIO(theirs), client=False, leftover=b"")
+    codec = FrameCodec(client=True, max_message=1 << 30)
+
+    async def read() -> None:
+        while data := await ours.receive_some(reads):
+            for event in codec.receive(data):
+                if isinstance(event, Ping):
+                    await ours.send_all(codec.encode_pong(event.payload))
+            await trio.sleep(1)
+
+    with trio.move_on_after(1000):
+        async with trio.open_nursery() as nursery:
+            if reads:
+                nursery.start_soon(read)
+            channel.send_nowait(bytes(size))
+            await channel.run(lambda _: None)
+            nursery.cancel_scope.cancel()
+    return trio.current_time()
+
+
+@pytest.mark.parametrize("size", [40 * KIB, 100 * KIB, 300 * KIB])
+async def test_client_that_reads_a_kibibyte_in_a_second_is_not_dropped(
+    size: int, autojump_clock: MockClock
+) -> None:
+    assert await ends_at(size=size, reads=1100) == pytest.approx(1000)
+
+
+@pytest.mark.parametrize(("size", "ends"), [(100, 90), (128 * KIB, 150), (1 << 26, 630)])
+async def test_client_that_has_stopped_is_dropped_later_if_there_was_much_to_read(
+    size: int, ends: float, autojump_clock: MockClock
+) -> None:
+    assert await ends_at(size=size, reads=0) == pytest.approx(ends, abs=1)
+
+
+async def test_client_that_has_read_all_and_falls_silent_is_dropped_after_one_timeout(
+    autojump_clock: MockClock,
+) -> None:
+    ours, theirs = memory_stream_pair()
+    channel = WebsocketChannel("test", StreamIO(theirs), client=False, leftover=b"")
+    codec = FrameCodec(client=True, max_message=1 << 30)
+
+    async def answer_one() -> None:
+        while data := await ours.receive_some():
+            for event in codec.receive(data):
+                if isinstance(event, Ping):
+                    await ours.send_all(codec.encode_pong(event.payload))
+                    return
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(answer_one)
+        channel.send_nowait(bytes(1 << 20))
+        await channel.run(lambda _: None)
+    assert trio.current_time() == pytest.approx(30 + 30 + 60)
+    assert channel.loss == "no answer to a ping within 60 s"
