@@ -6,6 +6,8 @@ import pytest
 import trio
 from trio.testing import MockClock, memory_stream_pair
 
+from execenv.testing.faults import FrameLog
+from execenv.testing.proxy import FrameSplitter
 from execenv.transports._frames import FrameCodec, Ping
 from execenv.transports._pump import StreamIO
 from execenv.transports.websocket import WebsocketChannel
@@ -73,3 +75,26 @@ async def test_client_that_has_read_all_and_falls_silent_is_dropped_after_one_ti
         await channel.run(lambda _: None)
     assert trio.current_time() == pytest.approx(30 + 30 + 60)
     assert channel.loss == "no answer to a ping within 60 s"
+
+
+# The proxy of faults.
+
+
+@pytest.mark.parametrize(
+    ("answer", "kinds"),
+    [
+        (b"HTTP/1.1 426 Upgrade Required\r\nUpgrade: websocket\r\n\r\n\x81\x04no", ["http", "other"]),
+        (b"HTTP/1.1 200 OK\r\n\r\nUpgrade: websocket\r\n", ["http", "other"]),
+    ],
+)
+def test_proxy_tells_an_upgrade_from_a_refusal_that_names_it(answer: bytes, kinds: list[str]) -> None:
+    frames = FrameSplitter(FrameLog(1), "to_client").feed(answer)
+    assert [frame.kind for frame, _ in frames] == kinds
+    assert b"".join(data for _, data in frames) == answer
+
+
+def test_proxy_knows_an_upgrade_however_it_is_written() -> None:
+    for upgrade in (b"Upgrade:WebSocket", b"upgrade: \twebsocket "):
+        head = b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\n" + upgrade + b"\r\n\r\n"
+        frames = FrameSplitter(FrameLog(1), "to_client").feed(head + b"\x89\x00\x89")
+        assert [frame.kind for frame, _ in frames] == ["http", "ping"]
