@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pytest
 import trio
-from trio.testing import MockClock, memory_stream_pair
+from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
 
+from execenv.server import processes
 from execenv.testing.faults import FrameLog
 from execenv.testing.proxy import FrameSplitter
 from execenv.transports._frames import FrameCodec, Ping
 from execenv.transports._pump import StreamIO
 from execenv.transports.websocket import WebsocketChannel
+from tests.test_sessions import open_server, start
 
 KIB = 1024
+MIB = 1024 * KIB
 
 # Slow readers. Kernels take what is sent, here the memory stream does; that says nothing of who reads it.
 
@@ -75,6 +78,38 @@ async def test_client_that_has_read_all_and_falls_silent_is_dropped_after_one_ti
         await channel.run(lambda _: None)
     assert trio.current_time() == pytest.approx(30 + 30 + 60)
     assert channel.loss == "no answer to a ping within 60 s"
+
+
+# Windows.
+
+
+async def test_windows_of_one_session_are_bounded_together(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "MAX_WINDOWS", 20 * MIB)
+
+    async def retained_by_a_writer(name: str) -> int:
+        await client.call("process/start", **start(name, outputWindow=1 << 40))
+        nursery.start_soon(server.process(name).emit_all, bytes(16 * KIB), 2000)
+        await wait_all_tasks_blocked()
+        return server.process(name).retained // MIB
+
+    async with open_server() as server, trio.open_nursery() as nursery:
+        client, session_id = await server.open()
+        assert [await retained_by_a_writer(name) for name in "abcd"] == [15, 3, 2, 2]
+        await client.lose()
+        client, _ = await server.open(session_id)
+        for name in "abcd":  # who has had a larger one keeps it
+            window = {"processId": name, "seq": 0, "window": 1 << 40}
+            client.notify("process/outputTaken", params=window)
+        assert await retained_by_a_writer("e") == 2
+        for name in "ab":
+            server.process(name).exit()
+            server.process(name).close()
+        client.notify("process/outputTaken", params={"processId": "a", "seq": 0, "window": 1 << 40})
+        assert await retained_by_a_writer("f") == 13
+        assert server.process("a").retained >= 15 * MIB
+        nursery.cancel_scope.cancel()
 
 
 # The proxy of faults.
