@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import pytest
 import trio
+from attrs import evolve
 from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
 
+from execenv.abc import Event, Output, Sink
+from execenv.paths import PathUri
+from execenv.remote.processes import RemoteProcess
+from execenv.remote.session import Tries
 from execenv.server import processes
+from execenv.testing import MemoryFileSystem, ScriptedProcess
 from execenv.testing.faults import FrameLog
 from execenv.testing.proxy import FrameSplitter
 from execenv.transports._frames import FrameCodec, Ping
 from execenv.transports._pump import StreamIO
 from execenv.transports.websocket import WebsocketChannel
+from tests.soak import Result, Wrong, run_one
 from tests.test_sessions import open_server, start
 
 KIB = 1024
@@ -133,3 +143,106 @@ def test_proxy_knows_an_upgrade_however_it_is_written() -> None:
         head = b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\n" + upgrade + b"\r\n\r\n"
         frames = FrameSplitter(FrameLog(1), "to_client").feed(head + b"\x89\x00\x89")
         assert [frame.kind for frame, _ in frames] == ["http", "ping"]
+
+
+# The soak: a check that cannot fail is none.
+
+
+def every(count: int) -> Callable[[], bool]:
+    """Whether it is the turn of the call that is to be spoilt, the last of so many."""
+    numbers = itertools.count(1)
+    return lambda: next(numbers) % count == 0
+
+
+def damage_output(patch: pytest.MonkeyPatch, damaged: Callable[[Output], list[Output]]) -> None:
+    """Have the client hand out something else, once in 40 times, than it has received."""
+    passes_on, is_due = RemoteProcess._pass_on, every(40)
+
+    class Damaged:
+        def __init__(self, sink: Sink) -> None:
+            self._sink = sink
+
+        @property
+        def full(self) -> bool:
+            return self._sink.full
+
+        async def wait_room(self) -> None:
+            await self._sink.wait_room()
+
+        def put(self, event: Event) -> None:
+            if isinstance(event, Output) and len(event.data) > 10 and is_due():
+                for each in damaged(event):
+                    self._sink.put(each)
+            else:
+                self._sink.put(event)
+
+    def pass_on(self: RemoteProcess, event: Event, seq: int) -> None:
+        sinks = self._sinks
+        self._sinks = [Damaged(sink) for sink in sinks]
+        passes_on(self, event, seq)
+        self._sinks = sinks
+
+    patch.setattr(RemoteProcess, "_pass_on", pass_on)
+
+
+def drop_output(patch: pytest.MonkeyPatch) -> None:
+    damage_output(patch, lambda event: [])
+
+
+def double_output(patch: pytest.MonkeyPatch) -> None:
+    damage_output(patch, lambda event: [event, event])
+
+
+def swap_two_bytes(patch: pytest.MonkeyPatch) -> None:
+    damage_output(patch, lambda event: [evolve(event, data=event.data[:-2] + event.data[:-3:-1])])
+
+
+def lose_a_write(patch: pytest.MonkeyPatch) -> None:
+    write, is_due = RemoteProcess.write, every(40)
+
+    async def lose(self: RemoteProcess, data: bytes, write_id: str) -> str:
+        return "accepted" if is_due() else await write(self, data, write_id)
+
+    patch.setattr(RemoteProcess, "write", lose)
+
+
+def forget_write_ids(patch: pytest.MonkeyPatch) -> None:
+    write = ScriptedProcess.write_nowait
+
+    def forget(self: ScriptedProcess, data: bytes, write_id: str) -> str | None:
+        self._write_ids.clear()
+        return write(self, data, write_id)
+
+    patch.setattr(ScriptedProcess, "write_nowait", forget)
+
+
+def deny_what_was_sent(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Tries, "outcome", "not sent")
+
+
+def make_no_directory(patch: pytest.MonkeyPatch) -> None:
+    async def nothing(self: MemoryFileSystem, path: PathUri, **options: object) -> None:
+        await trio.lowlevel.checkpoint()
+
+    patch.setattr(MemoryFileSystem, "create_directory", nothing)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        drop_output,
+        double_output,
+        swap_two_bytes,
+        lose_a_write,
+        forget_write_ids,
+        deny_what_was_sent,
+        make_no_directory,
+    ],
+)
+def test_soak_notices(damage: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    damage(monkeypatch)
+    result = Result()
+    with pytest.raises((Wrong, BaseExceptionGroup)):
+        for seed in range(1000, 1030):
+            run_one(seed, result)
+    assert result.lost + result.duplicated + result.wrong > 0
