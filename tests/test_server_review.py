@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 
 import pytest
 import trio
 from attrs import evolve
 from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
 
+from execenv import ConnectionLost, Environment
 from execenv.abc import Event, Output, Sink
 from execenv.paths import PathUri
+from execenv.remote.connection import open_remote
 from execenv.remote.processes import RemoteProcess
-from execenv.remote.session import Tries
+from execenv.remote.session import Recovery, Tries
 from execenv.server import processes
-from execenv.testing import MemoryFileSystem, ScriptedProcess
+from execenv.testing import MemoryFileSystem, ScriptedProcess, open_fake_backend, open_memory_server
 from execenv.testing.faults import FrameLog
 from execenv.testing.proxy import FrameSplitter
 from execenv.transports._frames import FrameCodec, Ping
@@ -120,6 +124,35 @@ async def test_windows_of_one_session_are_bounded_together(
         assert await retained_by_a_writer("f") == 13
         assert server.process("a").retained >= 15 * MIB
         nursery.cancel_scope.cancel()
+
+
+# Sessions that end with an error.
+
+
+async def test_client_whose_session_ended_with_an_error_gets_another_one(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = 0
+
+    async def program(process: ScriptedProcess) -> None:
+        nonlocal runs
+        runs += 1
+        if runs == 1:
+            raise ZeroDivisionError
+
+    open_backend = partial(open_fake_backend, {"x": program})
+    async with (
+        open_memory_server(open_backend) as server,
+        open_remote(server.dial, "memory", redial=True, recovery=Recovery()) as remote,
+    ):
+        env = Environment(remote)
+        with trio.fail_after(1000):
+            for _ in range(2):
+                with suppress(ConnectionLost):  # it is told so once, sooner or later
+                    await env.run(["x"], check=False)
+            assert (await env.run(["x"])).returncode == 0
+        assert server.connections > 1
+    assert "a session ended with an error" in caplog.text
 
 
 # The proxy of faults.
