@@ -26,7 +26,7 @@ from execenv.transports._frames import FrameCodec, Ping
 from execenv.transports._pump import StreamIO
 from execenv.transports.websocket import WebsocketChannel
 from tests.soak import Result, Wrong, run_one
-from tests.test_sessions import open_server, start
+from tests.test_sessions import open_server, seqs, start
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -124,6 +124,21 @@ async def test_windows_of_one_session_are_bounded_together(
         assert await retained_by_a_writer("f") == 13
         assert server.process("a").retained >= 15 * MIB
         nursery.cancel_scope.cancel()
+
+
+async def test_process_that_keeps_more_than_all_may_together_is_still_read(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "MAX_RETAINED", 512 * KIB)
+    async with open_server() as server:
+        client, _ = await server.open()
+        for name in "ab":
+            await client.call("process/start", **start(name))
+            server.process(name).emit(bytes(MIB))
+            server.process(name).exit()
+            server.process(name).close()
+            assert seqs(await client.call("process/read", processId=name)) == [1]
+        assert seqs(await client.call("process/read", processId="a")) == []
 
 
 # Sessions that end with an error.

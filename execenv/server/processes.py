@@ -59,7 +59,8 @@ HOLD_DETACHED = 10.0
 """Seconds that a full window holds the child back while nobody is there to take anything, and then again
 until the client that came back has said that it keeps to the window."""
 MAX_RETAINED = 64 * 1024 * 1024
-"""Output that the closed processes of one session may keep together; above it the oldest forget theirs."""
+"""Output that the closed processes of one session may keep together; above it the oldest forget theirs, but
+not the one that was closed last: `--retain` may be more than this."""
 MAX_CLOSED = 1024
 """Closed processes that a session keeps beyond their time because its client was away."""
 
@@ -247,7 +248,7 @@ class ProcessTable:
             self._wakeup.set()
         self._retained.append(entry)
         self._count_retained(entry)
-        while self._retained_bytes > MAX_RETAINED:
+        while self._retained_bytes > MAX_RETAINED and len(self._retained) > 1:
             old = self._retained.popleft()
             if old.process is not None:
                 old.process.forget_output()
