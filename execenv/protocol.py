@@ -154,7 +154,8 @@ class ProcessStartParams:
     credential_providers: Any = field(default=None, metadata=extension)
     output_window: U64 | None = field(default=None, metadata=extension)
     """Ours: the child is held back while more than this is on its way to the client, which says with
-    `process/outputTaken` what it took. Each chunk counts its bytes and `CHUNK_OVERHEAD`, at both ends."""
+    `process/outputTaken` what it took. Each chunk counts its bytes and `CHUNK_OVERHEAD`, at both ends.
+    A server may keep to a smaller one, but not below 2 MiB: say what was taken at least for each MiB."""
 
 
 @frozen

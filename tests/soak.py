@@ -51,6 +51,10 @@ class Wrong(AssertionError):
     """What the client was told is not what has happened."""
 
 
+class Unread(Exception):
+    """A change was made, and could not be looked at."""
+
+
 @define
 class Result:
     """What conversations came to. `lost`, `duplicated` and `wrong` must stay 0."""
@@ -104,6 +108,20 @@ class World:
         async with open_fake_backend(programs, http=self.answer) as backend:
             backend.files = self.disk
             yield backend
+
+    def is_directory(self, name: str) -> bool:
+        """Whether it is there, on the disk of all sessions."""
+        try:
+            return self.disk.is_directory(PathUri.from_native(f"/work/{name}"))
+        except FileNotFoundError:
+            return False
+
+    def has_file(self, name: str, data: bytes) -> bool:
+        """Whether it is there, with this in it."""
+        try:
+            return self.disk.content(f"/work/{name}") == data
+        except FileNotFoundError:
+            return False
 
     async def talk(self, process: ScriptedProcess) -> int:
         """Prints in pieces of all sizes, with pauses, and then as many lines as it reads."""
@@ -258,12 +276,20 @@ class Conversation:
         outcome = "done"
         try:
             await self._changes()[how](name)
+        except Unread:
+            pass
         except ExecenvError as error:
             outcome = error.outcome
             self._result.failed[outcome] += 1
             if isinstance(error, ConnectFailed) and not self.restarted:
                 raise self._wrong("wrong", f"{how} {name}: {error!r}") from error
-        self._expect(name, how, outcome, self._world.done[name])
+        self._expect(name, how, outcome, self._count(name, how))
+
+    def _count(self, name: str, how: str) -> int:
+        """How often it was done, as the other side knows it."""
+        if how == "mkdir":
+            return int(self._world.is_directory(name))
+        return self._world.done[name]
 
     def _changes(self) -> dict[str, Callable[[str], Awaitable[object]]]:
         return {
@@ -279,14 +305,15 @@ class Conversation:
 
     async def _mkdir(self, name: str) -> None:
         await self._env.files.create_directory(f"/work/{name}", recursive=False)
-        self._world.done[name] += 1
 
     async def _write_file(self, name: str) -> None:
         data = name.encode() * self._random.choice((1, 1000, 300_000))
-        await self._env.files.write_file(f"/work/{name}", data)
-        if await self._env.files.read_file(f"/work/{name}") != data:
+        try:
+            await self._env.files.write_file(f"/work/{name}", data)
+        finally:
+            self._world.done[name] += self._world.has_file(name, data)
+        if await self._read_back(name) != data:
             raise self._wrong("lost", f"{name} is not what was written")
-        self._world.done[name] += 1
 
     async def _copy(self, name: str) -> None:
         source = PathUri.from_native("/work/source")
@@ -294,11 +321,25 @@ class Conversation:
         data = self._random.randbytes(self._random.choice((1000, 300_000, 2_500_000)))
         here = MemoryFileSystem({"/work/source": data}, directories=("/work",))
         report = await copy(here, source, self._env.files._backend, target)
-        if await self._env.files.read_file(target) != data:
-            raise self._wrong("lost", f"{name} is not what was copied")
+        self._world.done[name] += self._world.has_file(name, data)
         if (report.files, report.bytes, report.resumed_bytes) != (1, len(data), 0):
             raise self._wrong("wrong", f"the report of {name} is {report}")
-        self._world.done[name] += 1
+        if await self._read_back(name) != data:
+            raise self._wrong("lost", f"{name} is not what was copied")
+
+    async def _read_back(self, name: str) -> bytes:
+        """What is in a file now.
+
+        Raises:
+            Unread: if that failed, whose outcome is none of the change's.
+        """
+        try:
+            return await self._env.files.read_file(f"/work/{name}")
+        except ExecenvError as error:
+            self._result.failed[error.outcome] += 1
+            if not self.restarted:
+                raise self._wrong("wrong", f"{name} could not be read again: {error!r}") from error
+            raise Unread from error
 
     async def _kill(self, name: str) -> None:
         """Leave the block of a program that would run for ever."""

@@ -48,6 +48,10 @@ if TYPE_CHECKING:
     from execenv.server.sessions import Session
 
 MAX_WINDOW = 16 * 1024 * 1024
+MAX_WINDOWS = 256 * 1024 * 1024
+"""What the windows of one session may come to together; then further ones get no more than the least."""
+LEAST_WINDOW = 2 * 1024 * 1024
+"""No client that asks for more gets less: it may take a good deal of its window before it says so."""
 WINDOW_SLACK = 1024 * 1024
 """How far a window may be overrun: what was read already when it became full."""
 UNDER_WAY_STEP = 64 * 1024
@@ -55,7 +59,8 @@ HOLD_DETACHED = 10.0
 """Seconds that a full window holds the child back while nobody is there to take anything, and then again
 until the client that came back has said that it keeps to the window."""
 MAX_RETAINED = 64 * 1024 * 1024
-"""Output that the closed processes of one session may keep together; above it the oldest forget theirs."""
+"""Output that the closed processes of one session may keep together; above it the oldest forget theirs, but
+not the one that was closed last: `--retain` may be more than this."""
 MAX_CLOSED = 1024
 """Closed processes that a session keeps beyond their time because its client was away."""
 
@@ -74,6 +79,8 @@ class _Entry:
         self.counted = 0  # of its output, in the table's sum
         self._window: int | None = None
         self._largest_window = 0
+        self._counted_window = 0
+        self._closed = False
         self._holds_until = math.inf  # for ever, while the client is known to say what it took
         self._drop_window_at = math.inf
         self._under_way: deque[tuple[int, int]] = deque()  # seq and size of what the client has not taken
@@ -126,10 +133,19 @@ class _Entry:
 
     def set_window(self, window: int) -> None:
         """Let no more than this be on its way to the client that is attached."""
-        self._window = min(window, MAX_WINDOW)
+        if self._closed:
+            return
+        most = max(self._largest_window, min(MAX_WINDOW, self._session.processes.windows_left), LEAST_WINDOW)
+        self._window = min(window, most)
         # What was sent in a larger one is still kept.
         self._largest_window = max(self._largest_window, self._window)
+        self.count_window(self._largest_window)
         self._retain()
+
+    def count_window(self, size: int) -> None:
+        """What this process has of the session's windows now."""
+        self._session.processes.windows_left += self._counted_window - size
+        self._counted_window = size
 
     def note_taken(self, seq: int) -> None:
         """The client took everything up to `seq`. So it knows of windows."""
@@ -167,6 +183,7 @@ class _Entry:
 
     def _drop_window(self) -> None:
         self._window = None
+        self.count_window(0)
         self._holds_until = self._drop_window_at = math.inf
         self._under_way.clear()
         self._under_way_bytes = 0
@@ -192,6 +209,8 @@ class _Entry:
                     if data:
                         channel.send_nowait(data)
         if isinstance(event, Closed):
+            self._closed = True
+            self.count_window(0)
             self._session.processes.note_closed(self)
 
     def _encode(self, event: Event) -> bytes:
@@ -219,6 +238,7 @@ class ProcessTable:
         self._wakeup = Wakeup()
         self._retained: deque[_Entry] = deque()  # closed, the oldest first, and not forgotten
         self._retained_bytes = 0
+        self.windows_left = MAX_WINDOWS
 
     # Retention (§4.9).
 
@@ -228,7 +248,7 @@ class ProcessTable:
             self._wakeup.set()
         self._retained.append(entry)
         self._count_retained(entry)
-        while self._retained_bytes > MAX_RETAINED:
+        while self._retained_bytes > MAX_RETAINED and len(self._retained) > 1:
             old = self._retained.popleft()
             if old.process is not None:
                 old.process.forget_output()
@@ -311,6 +331,7 @@ class ProcessTable:
         finally:
             if entry.process is None:
                 del self._entries[params.process_id]
+                entry.count_window(0)
                 self.note_exited(entry)
                 entry.started.set()
 

@@ -122,6 +122,11 @@ class Session:
             return self._detached_at + ttl.running
         return max(self._detached_at, self.processes.last_exit) + ttl.exited
 
+    def end_connection(self) -> None:
+        """The session is over: its client is to come again, and gets another one."""
+        if self._attached is not None:
+            self._attached.channel.close_nowait(1011, "the session has ended")
+
     def close(self) -> None:
         """End the session now, with its processes."""
         self._scope.cancel()
@@ -179,6 +184,7 @@ class Sessions:
             if not hasattr(session, "processes"):
                 raise
             logger.exception("a session ended with an error")
+            session.end_connection()
         finally:
             del self._by_id[session.session_id]
 

@@ -288,6 +288,9 @@ async def open_memory_server(
 ) -> AsyncIterator[MemoryServer]:
     """A server in this program, of sessions that outlive their connections, as `execenv serve` has them.
 
+    What a session raises, such as a function of a fake environment, does not come out of the block: it is
+    logged and ends that session and its connection, as it does in a server.
+
     Args:
         open_environment: what each session serves, such as `partial(open_fake_backend, {"make": make})`.
         plan: what happens to the frames of its connections.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import struct
 from collections import deque
@@ -22,6 +23,8 @@ from execenv.transports._frames import mask_in_python
 _READ_SIZE = 64 * 1024
 _KINDS = {0x8: "close", 0x9: "ping", 0xA: "pong"}
 _MAX_HEAD = 64 * 1024
+# A refusal may name the upgrade, too (RFC 9110, section 15.5.22); what follows that one is no frame.
+_IS_UPGRADE = re.compile(rb"(GET |HTTP/1.1 101 )(.*\r\n)+upgrade:[ \t]*websocket[ \t]*\r\n", re.IGNORECASE)
 
 
 class FrameSplitter:
@@ -64,7 +67,7 @@ class FrameSplitter:
             if end < 0 and len(self._buffer) < _MAX_HEAD:
                 return None
             raw = self._take(end + 4 if end >= 0 else len(self._buffer))
-            self._state = "frames" if b"\r\nupgrade: websocket" in raw.lower() else "bytes"
+            self._state = "frames" if _IS_UPGRADE.match(raw) else "bytes"
             return self._log.frame(self._direction, "http", len(raw)), raw
         if self._state == "bytes":
             raw = self._take(len(self._buffer))

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 PING_INTERVAL = 30.0
 PONG_TIMEOUT = 60.0
 PROBE_TIMEOUT = 5.0
+READ_IN_TIME = 64 * 1024
+"""Bytes that a living client is trusted to read within a pong timeout, and no more than that."""
+MOST_PATIENCE = 10  # pong timeouts
 MAX_HEAD = 64 * 1024
 NOT_SENT_LOW_WATER = 128 * 1024
 
@@ -61,6 +64,7 @@ class WebsocketFraming(Framing):
                 pump.close_nowait(event.code or 1000)
             else:
                 assert type(event) is Pong
+                pump.hear_pong()
 
     def frames(self, parts: tuple[bytes, ...]) -> list[list[Buffer]]:
         return self._codec.encode_message(*parts)
@@ -80,7 +84,8 @@ class WebsocketChannel(Pump):
         pong_timeout: seconds that a peer may stay silent after a ping.
 
     A server is patient with a client that does not take what was sent to it: the ping lies behind that. It is
-    for TCP to say then whether the client is still there.
+    for TCP to say then whether the client is still there. What the kernels have taken may lie unread for long
+    too, so who has much to read before the ping has up to `MOST_PATIENCE` times as long to answer it.
     """
 
     def __init__(
@@ -104,12 +109,24 @@ class WebsocketChannel(Pump):
         self._heard: trio.Event | None = None  # set by the next bytes that arrive
         self._nursery: trio.Nursery | None = None
         self._probing = False
+        self._bytes_sent = 0
+        self._bytes_read = 0  # of those, at least; the pong to a ping behind them tells
+        self._sent_before_ping: int | None = None  # the oldest one that was not answered
 
     def hear(self) -> None:
         """Something has arrived, whatever it is."""
         if self._heard is not None:
             self._heard.set()
             self._heard = None
+
+    def hear_pong(self) -> None:
+        """The peer has read everything up to a ping."""
+        if self._sent_before_ping is not None:
+            self._bytes_read, self._sent_before_ping = self._sent_before_ping, None
+
+    def _sent(self, count: int) -> None:
+        self._bytes_sent += count
+        super()._sent(count)
 
     async def run(self, receive: Callable[[bytes], None]) -> None:
         async with trio.open_nursery() as nursery:
@@ -125,19 +142,27 @@ class WebsocketChannel(Pump):
         next_ping = trio.current_time() + self._ping_interval
         while True:
             await trio.sleep_until(next_ping)
-            answer = self._ping()
+            asked, answer = trio.current_time(), self._ping()
             if self._pong_timeout < math.inf:
                 stuck = False
-                while not await _is_set_within(answer, self._pong_timeout):
+                while not await _is_set_within(answer, self._patience()):
                     refused = self._patient and self.queued > self._behind_bytes
                     if not refused and not stuck:
-                        self.fail(f"no answer to a ping within {self._pong_timeout:g} s")
+                        self.fail(f"no answer to a ping within {trio.current_time() - asked:.3g} s")
                         return
                     # Once it has taken everything it has as long again to answer.
                     stuck = refused
             next_ping = max(next_ping + self._ping_interval, trio.current_time())
 
+    def _patience(self) -> float:
+        if not self._patient:
+            return self._pong_timeout
+        unread = (self._bytes_sent - self._bytes_read) / READ_IN_TIME
+        return self._pong_timeout * min(max(unread, 1), MOST_PATIENCE)
+
     def _ping(self) -> trio.Event:
+        if self._sent_before_ping is None:
+            self._sent_before_ping = self._bytes_sent
         if self._heard is None:
             self._heard = trio.Event()
         self.send_urgent(self._codec.encode_ping())
