@@ -833,11 +833,6 @@ def _access(token_file: str | None, recovery: str, *targets: Target) -> Access:
 
 
 def _token(path: str | None, targets: Sequence[Target]) -> str | None:
-    if path is not None and not any(isinstance(target, str) and target != "local" for target in targets):
-        raise click.ClickException(
-            "--token-file is for a URL of the command line: what is configured names its own token, "
-            "EXECENV_URL has EXECENV_TOKEN, and nothing else takes one"
-        )
     if path is None:
         token, source = os.environ.get("EXECENV_TOKEN", ""), "EXECENV_TOKEN"
         if not token:
@@ -847,6 +842,11 @@ def _token(path: str | None, targets: Sequence[Target]) -> str | None:
         token = _file(path, "--token-file ").decode(errors="replace").strip()
     if not token or not token.isascii() or not token.isprintable():  # it goes into a header
         raise click.ClickException(f"{source} holds no token: one line of ASCII")
+    if path is not None and not any(isinstance(target, str) and target != "local" for target in targets):
+        raise click.ClickException(
+            "--token-file is for a URL of the command line: what is configured names its own token, "
+            "EXECENV_URL has EXECENV_TOKEN, and nothing else takes one"
+        )
     return token
 
 
