@@ -74,7 +74,7 @@ version=$("$python" -ESs -c {version} </dev/null 2>/dev/null) && exec "$python" 
 found="$found${{found:+, }}$python ${{version:-that does not run}}"
 done
 echo; echo "execenv-bootstrap no-python $found"
-exit 127
+exit 1
 }}
 """
 

@@ -34,6 +34,9 @@ class Fragment:
 
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_NONE_ALONE = re.compile(  # in JSON, where every backslash begins an escape
+    rb"(?:[^\\]++|\\(?:u[dD][89aAbB]..\\u[dD][c-fC-F]..|(?!u[dD][89a-fA-F]).))*+", re.DOTALL
+)
 
 
 def loads(data: bytes) -> Any:
@@ -46,12 +49,13 @@ def loads(data: bytes) -> Any:
         text = data.decode()
         # Most integers are short, and those the scanner makes without calling back.
         value = (_EXACT if _LONG_NUMBER.search(data) else _FAST).decode(text)
-        if _SURROGATE.search(data):
-            json.dumps(value, ensure_ascii=False).encode()  # fails if one is without its other half
     except UnicodeError:
         raise JSONDecodeError("str is not valid UTF-8: surrogates not allowed", "", 0) from None
     except RecursionError:
         raise JSONDecodeError("Recursion limit reached", "", 0) from None
+    # In the text: the value may be without it, where a key was there twice.
+    if _SURROGATE.search(data) and not _NONE_ALONE.fullmatch(data):
+        raise JSONDecodeError("str is not valid UTF-8: surrogates not allowed", "", 0)
     return value
 
 

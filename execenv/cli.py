@@ -416,7 +416,7 @@ def run(
     where = _target(target, bootstrap)
     job = _run_command.Job(
         target=where,
-        access=_access(token_file, recovery),
+        access=_access(token_file, recovery, where),
         argv=argv,
         tty=tty,
         cwd=cwd,
@@ -459,10 +459,11 @@ def cp(
     """
     from execenv import _data_commands
 
+    locations = _locations((*sources, destination), aliases, bootstrap=bootstrap)
     job = _data_commands.CopyJob(
-        sources=_locations(sources, aliases, bootstrap=bootstrap),
-        destination=_locations((destination,), aliases, bootstrap=bootstrap)[0],
-        access=_access(token_file, recovery),
+        sources=locations[:-1],
+        destination=locations[-1],
+        access=_access(token_file, recovery, *(location.target for location in locations)),
         recursive=recursive,
         atomic=atomic,
         as_json=as_json,
@@ -496,7 +497,8 @@ def ls(
     from execenv import _data_commands
 
     locations = _locations(paths or ("",), aliases, target, bootstrap=bootstrap)
-    job = _data_commands.ListJob(locations, _access(token_file, recovery), long, as_json)
+    access = _access(token_file, recovery, *(location.target for location in locations))
+    job = _data_commands.ListJob(locations, access, long, as_json)
     _exit_with(debug, _data_commands.run_list, job)
 
 
@@ -520,12 +522,9 @@ def cat(
     """Write the content of files to stdout. A PATH may name its own environment, as for cp."""
     from execenv import _data_commands
 
-    _exit_with(
-        debug,
-        _data_commands.run_cat,
-        _locations(paths, aliases, target, bootstrap=bootstrap),
-        _access(token_file, recovery),
-    )
+    locations = _locations(paths, aliases, target, bootstrap=bootstrap)
+    access = _access(token_file, recovery, *(location.target for location in locations))
+    _exit_with(debug, _data_commands.run_cat, locations, access)
 
 
 @cli.command()
@@ -549,7 +548,8 @@ def info(
     from execenv import _data_commands
 
     run_info = partial(_data_commands.run_info, as_json=as_json)
-    _exit_with(debug, run_info, _target(target, bootstrap), _access(token_file, recovery))
+    where = _target(target, bootstrap)
+    _exit_with(debug, run_info, where, _access(token_file, recovery, where))
 
 
 @cli.command(epilog=EPILOG_HTTP)
@@ -596,9 +596,10 @@ def http(
 
     pairs = [_data_commands.header(text) for text in headers]
     pairs += [_data_commands.header(text, from_variable=True) for text in secret_headers]
+    where = _target(target, bootstrap)
     job = _data_commands.HttpJob(
-        target=_target(target, bootstrap),
-        access=_access(token_file, recovery),
+        target=where,
+        access=_access(token_file, recovery, where),
         method=method or ("GET" if data is None else "POST"),
         url=url,
         headers=pairs,
@@ -736,7 +737,8 @@ def check_environments(
     from execenv import _env_commands
 
     chosen = [(text, _target(text, bootstrap)) for text in targets] or _env_commands.all_targets()
-    _exit_with(debug, _env_commands.run_check, chosen, _token(token_file), as_json)
+    token = _token(token_file, [target for _, target in chosen])
+    _exit_with(debug, _env_commands.run_check, chosen, token, as_json)
 
 
 def _exit_with(debug: bool, command: Callable[..., Any], *args: Any) -> NoReturn:
@@ -821,16 +823,16 @@ def _brought(target: Target, bootstrap: bool) -> Target:
     return target
 
 
-def _access(token_file: str | None, recovery: str) -> Access:
+def _access(token_file: str | None, recovery: str, *targets: Target) -> Access:
     from execenv._locations import Access
 
     seconds = _seconds(recovery, "forever")
     if seconds is None:
         raise click.ClickException(f"--recovery takes a number of seconds or 'forever', not {recovery!r}")
-    return Access(_token(token_file), seconds)
+    return Access(_token(token_file, targets), seconds)
 
 
-def _token(path: str | None) -> str | None:
+def _token(path: str | None, targets: Sequence[Target]) -> str | None:
     if path is None:
         token, source = os.environ.get("EXECENV_TOKEN", ""), "EXECENV_TOKEN"
         if not token:
@@ -840,6 +842,11 @@ def _token(path: str | None) -> str | None:
         token = _file(path, "--token-file ").decode(errors="replace").strip()
     if not token or not token.isascii() or not token.isprintable():  # it goes into a header
         raise click.ClickException(f"{source} holds no token: one line of ASCII")
+    if path is not None and not any(isinstance(target, str) and target != "local" for target in targets):
+        raise click.ClickException(
+            "--token-file is for a URL of the command line: what is configured names its own token, "
+            "EXECENV_URL has EXECENV_TOKEN, and nothing else takes one"
+        )
     return token
 
 

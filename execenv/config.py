@@ -11,7 +11,8 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NoReturn
+from functools import wraps
+from typing import Any, Concatenate, NoReturn, ParamSpec
 from urllib.parse import urlsplit
 
 from attrs import define, frozen
@@ -25,6 +26,7 @@ from execenv.targets import (
     LocalTarget,
     Target,
     WebsocketTarget,
+    check_target,
     is_token,
     shown_url,
 )
@@ -51,7 +53,8 @@ KEYS = (
 )
 OUR_KEYS = ("auth_bearer_token_file", "auth_bearer_token_env", "bootstrap")
 """Keys that codex does not have. They are refused in its file, which it could not read with them."""
-TOKEN_KEYS = ("auth_bearer_token", "auth_bearer_token_file", "auth_bearer_token_env")
+OUR_TOKEN_KEYS = ("auth_bearer_token_file", "auth_bearer_token_env")
+TOKEN_KEYS = ("auth_bearer_token", *OUR_TOKEN_KEYS)
 
 _ID = re.compile(r"[A-Za-z0-9_-]+")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -84,7 +87,8 @@ def check_snapshot(snapshot: Snapshot) -> None:
     """See that a snapshot can be used (environments.md §3.2).
 
     Raises:
-        UsageError: if an id is empty, reserved or there twice, or the default is not among them.
+        UsageError: if an id is empty, reserved or there twice, a target cannot be used at all, or the default
+            is not among them.
     """
     seen: set[str] = set()
     for id_, target in snapshot.environments:
@@ -93,6 +97,7 @@ def check_snapshot(snapshot: Snapshot) -> None:
             raise UsageError(f"environment {shown(id_)} is this machine: set include_local instead")
         if id_ in seen:
             raise UsageError(f"environment id {shown(id_)} is there twice")
+        check_target(target)
         seen.add(id_)
     if snapshot.default is not None and snapshot.default not in snapshot.ids:
         raise UsageError(f"default environment {shown(snapshot.default)} is not configured")
@@ -410,8 +415,8 @@ class _Document:
 _TIMES = ("connect_timeout_sec", "initialize_timeout_sec")
 
 _TYPES: Mapping[str, Callable[[_Document, KeyPath, object], None]] = {
-    **dict.fromkeys(("id", "url", *TOKEN_KEYS), _Document._string),
-    **dict.fromkeys(("program", "cwd"), _Document._program_string),
+    **dict.fromkeys(("id", "url", "auth_bearer_token"), _Document._string),
+    **dict.fromkeys(("program", "cwd", *OUR_TOKEN_KEYS), _Document._program_string),
     **dict.fromkeys(_TIMES, _Document._seconds),
     "args": _Document._strings,
     "env": _Document._variables,
@@ -443,8 +448,8 @@ def _url_problem(url: str) -> str | None:
         if not parts.hostname:
             return "it names no host, as ws://HOST:PORT does"
         parts.port  # noqa: B018 - may raise
-    except ValueError as error:
-        return f"{str(error)[:1].lower()}{str(error)[1:]}; write it as ws://HOST:PORT"
+    except ValueError:  # its text repeats what may be a piece of a password
+        return "its host or its port cannot be read; write it as ws://HOST:PORT"
     return None
 
 
@@ -500,7 +505,22 @@ def _digits(value: float) -> str:
 
 # Editing.
 
+P = ParamSpec("P")
 
+
+def _keeping_line_ends(edit: Callable[Concatenate[str, P], str]) -> Callable[Concatenate[str, P], str]:
+    """Whoever has a file with CRLF gets it back with CRLF. To TOML both are the same, in strings too."""
+
+    @wraps(edit)
+    def kept(text: str, /, *args: P.args, **options: P.kwargs) -> str:
+        if not 0 < text.count("\n") == text.count("\r\n"):
+            return edit(text, *args, **options)
+        return edit(text.replace("\r\n", "\n"), *args, **options).replace("\n", "\r\n")
+
+    return kept
+
+
+@_keeping_line_ends
 def with_environment(text: str, id_: str, target: Target, *, file: str, replace: bool = False) -> str:
     """The text with one environment more, or with `replace` with another target for that id.
 
@@ -535,10 +555,11 @@ def with_environment(text: str, id_: str, target: Target, *, file: str, replace:
     gap = block[len(block.rstrip()) :]
     document = tomlkit.parse(block.rstrip() + "\n")
     _update(document["environments"][0], entry)
-    edited = tomlkit.dumps(document).rstrip("\n") + (gap or "\n")
+    edited = tomlkit.dumps(document).rstrip("\r\n") + (gap or "\n")
     return _checked(text[: span[0]] + edited + text[span[1] :], file)
 
 
+@_keeping_line_ends
 def without_environment(text: str, id_: str, *, file: str) -> str:
     """The text without an environment. Comments directly above it go with it.
 
@@ -564,6 +585,7 @@ def without_environment(text: str, id_: str, *, file: str) -> str:
     return _checked(before_it + behind_it if behind_it else before_it.rstrip() + "\n", file)
 
 
+@_keeping_line_ends
 def with_default(text: str, id_: str | None, *, file: str) -> str:
     """The text with another default; `None` for none.
 

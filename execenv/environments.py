@@ -36,7 +36,7 @@ from execenv.errors import (
 from execenv.open import open_environment
 from execenv.providers import load_snapshot
 from execenv.status import fail_fast
-from execenv.targets import CommandTarget, LocalTarget, Target, WebsocketTarget
+from execenv.targets import CommandTarget, LocalTarget, Target, WebsocketTarget, check_target
 
 STATUS_TIMEOUT = 10.0  # environments.md §1.1
 
@@ -116,14 +116,14 @@ class EnvironmentManager:
             self._entries[id_] = _Entry(id_, target, self)
 
     async def _run(self) -> None:
-        try:
-            async with trio.open_nursery() as self._nursery:
+        async with trio.open_nursery() as self._nursery:
+            try:
                 for entry in self._entries.values():
                     self._registered(entry)
                 self._running.set()
                 await trio.sleep_forever()
-        finally:
-            self._nursery = None
+            finally:
+                self._nursery = None  # what ends now may take a while, and nothing begins any more
 
     def _registered(self, entry: _Entry) -> None:
         if self._connect_early and isinstance(entry.target, WebsocketTarget):
@@ -249,7 +249,7 @@ class EnvironmentManager:
     async def replace(self, id_: str, target: str | Sequence[str] | Target) -> None:
         """Register an environment under an id, whether it is taken or not. The default stays what it is.
 
-        What had the id before is closed first, and what runs there ends.
+        What had the id before is closed, and what runs there has ended when this returns.
 
         Raises:
             UsageError: if the id is empty or reserved, or the target is this machine or none.
@@ -306,6 +306,8 @@ class _Entry:
         self._retired = False
 
     async def get(self) -> Environment:
+        if self._manager._nursery is None:
+            raise self._gone()
         attempt = self._attempt
         if attempt is None or self._is_over(attempt):
             attempt = self.begin()
@@ -414,12 +416,11 @@ def _checked(id_: str, target: str | Sequence[str] | Target) -> Target:
         raise UsageError(f"environment {shown(id_)} cannot be this machine, which is `{LOCAL}`")
     if not isinstance(target, str | WebsocketTarget | CommandTarget):
         target = CommandTarget(tuple(target))
-    if isinstance(target, CommandTarget):
-        if not target.argv:
-            raise UsageError("the command of an environment must name a program")
-        return target
     if isinstance(target, str):
         target = WebsocketTarget(target.strip())
+    check_target(target)
+    if isinstance(target, CommandTarget):
+        return target
     if not target.url.strip():
         raise UsageError(f"the url of environment {shown(id_)} cannot be empty")
     if target.url.strip().lower() == DISABLED:

@@ -19,6 +19,7 @@ from execenv.targets import (
     LocalTarget,
     Target,
     WebsocketTarget,
+    check_target,
     shown_url,
 )
 
@@ -57,9 +58,10 @@ async def open_environment(
 
     Raises:
         ConnectFailed: naming the target and what went wrong. There is no fall-back to another environment.
-        UsageError: if the target is none of these.
+        UsageError: if the target is none of these, or no environment can be reached by it.
     """
     where = _target(target, bearer_token, connect_timeout, initialize_timeout)
+    check_target(where)
     if isinstance(where, LocalTarget):
         if bearer_token is not None or resume_session_id is not None:
             raise UsageError("the local environment has no token and no session to resume")

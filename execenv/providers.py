@@ -12,9 +12,11 @@ One that is there and cannot be used is an error: it is never passed over for th
 
 from __future__ import annotations
 
+import codecs
 import os
 import stat
 from abc import ABC, abstractmethod
+from pathlib import PurePath
 
 from attrs import frozen
 
@@ -215,13 +217,16 @@ def read_text(path: str) -> str | None:
                 raise failed("it is no regular file")
             data = file.read(MAX_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError) as error:
-        if os.path.islink(path):
-            raise failed("it is a symbolic link that leads nowhere: repair or remove it") from error
+        # A folder that is elsewhere, and not there now, is no reason to do with what is here.
+        for name in (path, *map(str, PurePath(path).parents)):
+            if os.path.islink(name) and not os.path.exists(name):
+                raise failed(f"{name} is a symbolic link that leads nowhere: repair or remove it") from error
         return None
     except OSError as error:
         raise failed(f"{error.strerror}: make it readable, or remove it") from error
     if len(data) > MAX_BYTES:
         raise failed(f"it is larger than {MAX_BYTES} bytes")
+    data = data.removeprefix(codecs.BOM_UTF8)  # some editors begin with one, and codex skips it
     try:
         return data.decode()
     except UnicodeDecodeError as error:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+import stat
 from collections.abc import Mapping
 from typing import TypeAlias
 
 from attrs import field, frozen
 
-from execenv.errors import ConnectFailed
+from execenv.errors import ConnectFailed, UsageError
 
 CONNECT_TIMEOUT = 10.0  # environments.md §1.1
 INITIALIZE_TIMEOUT = 10.0
@@ -20,6 +22,20 @@ MAX_TOKEN = 64 * 1024
 def is_token(text: str) -> bool:
     """Whether it can stand in a header as a bearer token."""
     return bool(text.strip()) and text.isascii() and text.isprintable()
+
+
+def shown_url(text: str) -> str:
+    """A URL for a message: credentials and query, which may be secrets, left out."""
+    head, _, query = text.partition("?")
+    before, at, after = head.rpartition("@")
+    if at:
+        return before.partition("://")[0] + "://***@" + after if "://" in before else at + after
+    if "@" in query and not _HOST_AND_PATH.fullmatch(head):  # it may be a password with a "?" in it
+        return head.partition("://")[0] + "://***"
+    return head
+
+
+_HOST_AND_PATH = re.compile(r"[A-Za-z]+://(?:\[[^\]]*\]|[^:/\[]+)(?::[0-9]+)?/.*", re.DOTALL)
 
 
 @frozen
@@ -39,7 +55,7 @@ class WebsocketTarget:
             whenever a connection is opened.
     """
 
-    url: str
+    url: str = field(repr=lambda url: repr(shown_url(url)))
     bearer_token: str | None = field(default=None, repr=False)
     connect_timeout: float = CONNECT_TIMEOUT
     initialize_timeout: float = INITIALIZE_TIMEOUT
@@ -55,10 +71,18 @@ class WebsocketTarget:
         if self.bearer_token_file is not None:
             source = f"the token file {self.bearer_token_file}"
             try:
-                with open(self.bearer_token_file, "rb") as file:
+                # Whoever has a fifo there is not waited for: nothing could interrupt that.
+                with open(
+                    self.bearer_token_file,
+                    "rb",
+                    opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK),
+                ) as file:
+                    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                        raise ConnectFailed(f"cannot read {source}: it is no regular file")
                     token = file.read(MAX_TOKEN + 1).decode(errors="replace").strip()
-            except OSError as error:
-                raise ConnectFailed(f"cannot read {source}: {error.strerror}") from error
+            except (OSError, ValueError) as error:  # ValueError: no file has a NUL in its name
+                reason = error.strerror if isinstance(error, OSError) else error
+                raise ConnectFailed(f"cannot read {source}: {reason}") from error
         elif self.bearer_token_env is not None:
             source = f"the variable {self.bearer_token_env}"
             if self.bearer_token_env not in os.environ:
@@ -96,7 +120,23 @@ class CommandTarget:
 Target: TypeAlias = LocalTarget | WebsocketTarget | CommandTarget
 
 
-def shown_url(text: str) -> str:
-    """A URL for a message: credentials and query, which may be secrets, left out."""
-    before, at, after = text.partition("?")[0].rpartition("@")
-    return before.partition("://")[0] + "://***@" + after if at and "://" in before else at + after
+def check_target(target: Target) -> None:
+    """See that a target can be used at all, whatever answers there.
+
+    Raises:
+        UsageError: if it cannot.
+    """
+    if isinstance(target, LocalTarget):
+        return
+    seconds = {"initialize_timeout": target.initialize_timeout}
+    if isinstance(target, WebsocketTarget):
+        seconds["connect_timeout"] = target.connect_timeout
+        if target.bearer_token is not None and not is_token(target.bearer_token):
+            raise UsageError(
+                "bearer_token cannot stand in a header: it should be one line of printable ASCII"
+            )
+    elif not target.argv:
+        raise UsageError("the command of an environment must name a program")
+    for name, value in seconds.items():
+        if not value >= 0:  # nor nan
+            raise UsageError(f"{name} cannot be {value!r}: seconds are 0 or more")

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import trio
 
 from execenv.errors import ConnectFailed
+from execenv.targets import shown_url
 from execenv.transports._frames import Close, FrameCodec, Ping, Pong, Violation
 from execenv.transports._pump import Buffer, ByteIO, FdIO, Framing, Pump, StreamIO
 from execenv.transports.channel import DEFAULT_MAX_MESSAGE
@@ -358,12 +359,14 @@ async def connect(
     """
     from trio_websocket import ConnectionRejected, wrap_client_stream
 
+    shown = shown_url(url)
     try:
         parts = urlsplit(url)
         port = parts.port
-    except ValueError as error:
-        raise ConnectFailed(f"{url.partition('?')[0]!r} is no websocket URL: {error}") from error
-    shown = f"{parts.scheme}://{parts.hostname}:{port or ''}{parts.path}"
+    except ValueError:  # its text repeats what may be a piece of a password
+        raise ConnectFailed(
+            f"{shown!r} is no websocket URL: its host or its port cannot be read; write it as ws://HOST:PORT"
+        ) from None
     if parts.scheme not in ("ws", "wss") or not parts.hostname:
         raise ConnectFailed(f"{shown!r} is no websocket URL: it should look like ws://HOST:PORT")
     if any(byte < 0x20 or byte == 0x7F for _, value in headers for byte in value):
@@ -373,7 +376,7 @@ async def connect(
     host = parts.netloc.rpartition("@")[2]
     stream: trio.abc.Stream | None = None
     try:
-        stream = await trio.open_tcp_stream(parts.hostname, port or (443 if secure else 80))
+        stream = await trio.open_tcp_stream(parts.hostname, (443 if secure else 80) if port is None else port)
         if secure:
             stream = secured = trio.SSLStream(
                 stream, ssl_context or _default_ssl(), server_hostname=parts.hostname
@@ -397,6 +400,8 @@ async def connect(
             raise ConnectFailed(
                 f"{shown} refused the websocket with status {cause.status}{detail}"
             ) from cause
+        if isinstance(cause, UnicodeError):
+            raise ConnectFailed(f"cannot connect to {shown}: no host can have that name") from cause
         if isinstance(cause, OSError | ConnectFailed | trio.BrokenResourceError):
             raise ConnectFailed(f"cannot connect to {shown}: {_reason(cause)}") from cause
         # trio-websocket, wsproto and h11 each have errors of their own for an answer that makes no sense.
