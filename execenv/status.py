@@ -121,6 +121,16 @@ def fail_fast() -> Iterator[None]:
         _failing_fast.reset(token)
 
 
+@contextmanager
+def waiting() -> Iterator[None]:
+    """In this block calls wait for a connection, whatever block of `fail_fast` it is in."""
+    token = _failing_fast.set(False)
+    try:
+        yield
+    finally:
+        _failing_fast.reset(token)
+
+
 def refuse_to_wait(outcome: Outcome = "not sent", state: str = "recovering") -> None:
     """Called where a call is about to wait for a connection.
 

@@ -32,6 +32,9 @@ PONG_TIMEOUT = 60.0
 PROBE_TIMEOUT = 5.0
 MAX_HEAD = 64 * 1024
 NOT_SENT_LOW_WATER = 128 * 1024
+REFUSALS = (401, 403)
+"""Statuses of a refused handshake that say who is not let in. What else is answered may be a proxy's word on
+a server that is about to come back."""
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -337,12 +340,15 @@ async def connect(
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise ConnectFailed(f"{url.partition('?')[0]!r} is no websocket URL: {error}") from error
+        text = f"{url.partition('?')[0]!r} is no websocket URL: {error}"
+        raise ConnectFailed(text, retryable=False) from error
     shown = f"{parts.scheme}://{parts.hostname}:{port or ''}{parts.path}"
     if parts.scheme not in ("ws", "wss") or not parts.hostname:
-        raise ConnectFailed(f"{shown!r} is no websocket URL: it should look like ws://HOST:PORT")
+        text = f"{shown!r} is no websocket URL: it should look like ws://HOST:PORT"
+        raise ConnectFailed(text, retryable=False)
     if any(byte < 0x20 or byte == 0x7F for _, value in headers for byte in value):
-        raise ConnectFailed("a header, such as the bearer token, holds a control character")
+        text = "a header, such as the bearer token, holds a control character"
+        raise ConnectFailed(text, retryable=False)
     secure = parts.scheme == "wss"
     resource = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     host = parts.netloc.rpartition("@")[2]
@@ -370,7 +376,8 @@ async def connect(
             body = " ".join(cause.body.decode(errors="replace").split())[:200]
             detail = f": {body}" if body else ""
             raise ConnectFailed(
-                f"{shown} refused the websocket with status {cause.status}{detail}"
+                f"{shown} refused the websocket with status {cause.status}{detail}",
+                retryable=cause.status not in REFUSALS,
             ) from cause
         if isinstance(cause, OSError | ConnectFailed | trio.BrokenResourceError):
             raise ConnectFailed(f"cannot connect to {shown}: {_reason(cause)}") from cause
