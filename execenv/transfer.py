@@ -412,13 +412,16 @@ class _Transfer:
             try:
                 await self._file(source, found, destination, share)
                 break
-            except ConnectionLost:
+            except (ConnectFailed, ConnectionLost) as error:
                 # What follows waits until there is another connection, or fails if there will be none. It may
                 # begin anew: only what no try has reached before is progress.
+                if isinstance(error, ConnectFailed) and not share.begun:
+                    raise
                 lost = 1 if share.copied > arrived else lost + 1
                 arrived = max(arrived, share.copied)
-                if lost == TRIES:
-                    raise
+                if lost == TRIES or isinstance(error, ConnectFailed):
+                    outcome = "unknown" if share.begun else error.outcome
+                    raise ConnectionLost(str(error), outcome) from error
         self.progress.done_files += 1
         self.tell()
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import cycle
 
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from execenv import ConnectFailed, ConnectionLost, Environment, ProcessNotStarted, fail_fast
+from execenv import ConnectFailed, ConnectionLost, Environment, OutputGap, ProcessNotStarted, fail_fast
 from execenv.errors import SessionAttached
+from execenv.process import Inbox
 from execenv.remote.connection import open_remote
+from execenv.remote.processes import RemoteProcess
 from execenv.remote.session import Recovery
 from execenv.transports import websocket
 from tests.test_recovery import (
@@ -22,6 +25,7 @@ from tests.test_recovery import (
     end,
     open_network,
     read_all,
+    state,
 )
 
 QUICK = Recovery(30, 0.001, 0.01)
@@ -502,3 +506,132 @@ async def test_notification_that_makes_no_sense_ends_the_connection_and_nothing_
                 link._wakeup.set()
                 await trio.sleep(2)
                 assert await env.probe() == "ready"
+
+
+# What is said of what was under way.
+
+
+async def test_program_whose_environment_is_closed_does_not_say_not_sent(autojump_clock: MockClock) -> None:
+    async with trio.open_nursery() as nursery, open_network() as (network, env):
+
+        async def run() -> None:
+            with pytest.raises(ConnectionLost, match="closed") as caught:
+                await env.run(["x"])
+            assert caught.value.outcome == "unknown"
+
+        nursery.start_soon(run)
+        await wait_all_tasks_blocked()
+        assert network.process()
+
+
+async def test_input_of_which_a_part_was_taken_does_not_say_not_sent(autojump_clock: MockClock) -> None:
+    async with open_network() as (network, env):
+        with pytest.raises(ConnectionLost):
+            async with env.open_process(["x"], stdin=True) as process:
+                assert process.stdin is not None
+                child = network.process()
+
+                def drop(data: bytes, from_server: bool) -> str | None:
+                    if not from_server and b"process/write" in data and child.written:
+                        network.reachable = False
+                        network.cut()
+                        raise ConnectionLost("lost", "not sent")
+                    return None
+
+                network.drop = drop
+                with fail_fast(), pytest.raises(ConnectionLost) as caught:
+                    await process.stdin.send_all(bytes(600_000))
+                assert caught.value.outcome == "unknown"
+                assert len(child.written) == 1
+
+
+async def test_output_that_the_server_forgot_before_it_was_read_is_a_gap_and_the_exit_follows(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_network() as (network, env), env.open_process(["x"]) as process:
+        child = network.process()
+        for _ in range(20):
+            child.emit(bytes(1024 * 1024))
+            await wait_all_tasks_blocked()
+        end(child, 3)
+        await trio.sleep(200)
+        read, gaps = 0, []
+        while True:
+            try:
+                async for chunk in process:
+                    read += len(chunk.data)
+                break
+            except OutputGap as gap:
+                gaps.append((gap.from_seq, gap.to_seq))
+        assert await process.wait() == 3
+        [(first, last)] = gaps
+        assert read == (first - 1) * 1024 * 1024
+        assert last == 20
+
+
+async def test_process_that_the_server_forgot_is_lost(autojump_clock: MockClock) -> None:
+    async with open_network() as (network, env), env.open_process(["x"]) as process:
+        network.sessions._by_id[env.session_id or ""].processes._entries.clear()
+        network.cut()
+        with pytest.raises(ConnectionLost, match=r"failed to recover .* unknown process id") as caught:
+            await process.wait()
+        assert caught.value.outcome == "unknown"
+        assert state(env) == "connected"
+
+
+async def test_reader_that_comes_when_the_process_is_lost_is_told(autojump_clock: MockClock) -> None:
+    async with open_network() as (_, env):
+        await env.start_detached("dev", ["x"])
+        backend = await env._backend.processes.attach("dev")
+        assert isinstance(backend, RemoteProcess)
+        backend.fail(ConnectionLost("lost"))
+        inbox = Inbox()
+        backend.subscribe(inbox, history=True)
+        with trio.fail_after(100), pytest.raises(ConnectionLost):
+            await inbox.take("stdout")
+
+
+async def test_copy_of_which_a_part_was_sent_does_not_say_not_sent(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("folder")
+    (folder / "file").write_bytes(bytes(3_000_000))
+    with trio.fail_after(30):
+        for recovery in (Recovery(0.2, 0.001, 0.01), None):
+            async with open_network(capabilities=FILES, recovery=recovery) as (network, env):
+
+                def drop(data: bytes, from_server: bool, network: Network = network) -> str | None:
+                    if from_server or b"fs/writeBlock" not in data:
+                        return None
+                    network.reachable = False
+                    return AFTER
+
+                network.drop = drop
+                with pytest.raises(ConnectionLost) as caught:
+                    await env.files.upload(str(folder / "file"), str(folder / "copy"))
+                assert caught.value.outcome == "unknown"
+
+
+async def test_copy_to_a_server_that_takes_files_in_place_only_is_given_up_some_time(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("folder")
+    (folder / "file").write_bytes(bytes(12_000_000))
+    with trio.fail_after(30):
+        async with open_network(capabilities=FILES[1:], recovery=QUICK) as (network, env):
+            blocks = 0
+            turns = cycle((6, 9))
+            wanted = next(turns)
+
+            def drop(data: bytes, from_server: bool) -> str | None:
+                nonlocal blocks, wanted
+                blocks += not from_server and b"fs/writeBlock" in data
+                if blocks < wanted:
+                    return None
+                blocks, wanted = 0, next(turns)
+                return BEFORE
+
+            network.drop = drop
+            with pytest.raises(ConnectionLost):
+                await env.files.upload(str(folder / "file"), str(folder / "copy"))
+            assert len(network.links) < 12

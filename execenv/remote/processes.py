@@ -259,8 +259,14 @@ class RemoteProcess(Process):
             self._held = 0
             if self._windowed and not self._ended:
                 self._tell()
-        except ExecenvError as error:
+        except ConnectionLost as error:
             self.fail(error)
+        except ExecenvError as error:
+            if self._exit_known and any(isinstance(event, Closed) for event in self._terminal.values()):
+                self._pass_terminal(self._newest + 1)  # it is over, and what is missing is lost
+            else:
+                text = f"failed to recover process {self.process_id!r}: {error}"
+                self.fail(ConnectionLost(text, "unknown"))
         finally:
             self._fetching = False
 
