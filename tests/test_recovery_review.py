@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from base64 import b64encode
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from itertools import cycle
 
@@ -17,6 +21,8 @@ from execenv.remote.connection import open_remote
 from execenv.remote.processes import RemoteProcess
 from execenv.remote.session import Recovery
 from execenv.transports import websocket
+from execenv.transports.channel import Channel
+from execenv.transports.memory import MemoryChannel, memory_pair
 from tests.test_recovery import (
     AFTER,
     BEFORE,
@@ -133,7 +139,7 @@ async def test_leaving_a_process_under_fail_fast_while_recovering_ends_it_later(
                 network.reachable = False
                 network.cut()
                 await wait_all_tasks_blocked()
-        assert caught.value.outcome == "not sent"
+        assert caught.value.outcome == "unknown"  # since it is done later
         network.reachable = True
         await trio.sleep(5)
         assert child.signals == ["terminate"]
@@ -459,6 +465,50 @@ async def test_server_that_drops_every_connection_is_asked_less_and_less_often(
         assert 20 < len(network.attempts) < 60
 
 
+async def test_user_who_waits_hears_that_it_was_closed_and_not_that_time_was_up(
+    autojump_clock: MockClock,
+) -> None:
+    async with trio.open_nursery() as nursery, open_network() as (network, env):
+
+        async def probe() -> None:
+            with pytest.raises(ConnectionLost, match="was closed") as caught:
+                await env.probe()
+            assert caught.value.outcome == "not sent"
+
+        network.reachable = False
+        network.cut()
+        nursery.start_soon(probe)
+        await trio.sleep(1)
+
+
+async def test_connection_that_was_of_use_is_made_again_soon(autojump_clock: MockClock) -> None:
+    async with open_network() as (network, env):
+        for _ in range(50):
+            assert await env.probe() == "ready"
+            network.cut()
+        assert trio.current_time() < 50 * 0.1
+
+
+async def test_session_that_could_not_be_resumed_at_first_is_asked_for_again(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_network(recovery=None) as (network, env):
+        await env.start_detached("dev", ["x"])
+        session_id = env.session_id
+        async with open_remote(
+            network.dial, "memory", redial=True, resume_session_id=session_id, connect=False
+        ) as other:
+            with pytest.raises(ConnectFailed, match="already attached"):
+                await other.probe()
+            network.reachable = False
+            network.links[0].close_nowait()
+            with pytest.raises(ConnectFailed, match="nobody listens"):
+                await other.probe()
+            network.reachable = True
+            assert await other.probe() == "ready"
+            assert other.session_id == session_id
+
+
 @pytest.mark.parametrize(
     ("url", "header"),
     [
@@ -635,3 +685,184 @@ async def test_copy_to_a_server_that_takes_files_in_place_only_is_given_up_some_
             with pytest.raises(ConnectionLost):
                 await env.files.upload(str(folder / "file"), str(folder / "copy"))
             assert len(network.links) < 12
+
+
+async def test_call_that_was_sent_once_is_never_said_not_to_be(autojump_clock: MockClock) -> None:
+    async with open_network() as (network, env):
+        with pytest.raises(ConnectionLost):
+            async with env.open_process(["x"], stdin=True) as process:
+                assert process.stdin is not None
+                lost = 0
+
+                def drop(data: bytes, from_server: bool) -> str | None:
+                    nonlocal lost
+                    if from_server or b"process/write" not in data:
+                        return None
+                    lost += 1
+                    if lost == 1:
+                        return AFTER
+                    network.reachable = False
+                    network.cut()
+                    raise ConnectionLost("lost", "not sent")
+
+                network.drop = drop
+                with pytest.raises(ConnectionLost, match="recovery timed out") as caught:
+                    await process.stdin.send_all(b"x")
+                assert lost == 2
+                assert caught.value.outcome == "unknown"
+                assert network.process().written == [b"x"]
+
+
+async def test_call_fails_fast_also_while_its_connection_is_still_being_ended(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_network() as (network, env):
+        async with env.open_process(["x"], stdin=True) as process:
+            assert process.stdin is not None
+            link = network.links[-1]
+            close, link.close_nowait = link.close_nowait, lambda *args: None  # type: ignore[method-assign]
+            _answer_closed(network)
+            for call in (partial(process.stdin.send_all, b"x"), env.probe):
+                began = trio.current_time()
+                with fail_fast(), trio.fail_after(10), pytest.raises(ConnectionLost):
+                    await call()
+                assert trio.current_time() == began
+            close()
+            await trio.sleep(1)
+        assert network.process().signals == ["terminate"]
+
+
+# A server that is not ours.
+
+
+class Reference:
+    """A server of one process that says no more than it must, and some of it twice or early.
+
+    Attributes:
+        events: what the process has done, by seq from 1: bytes, an exit code, or `None` for its close.
+        retained: the first seq that can still be read.
+    """
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self.events: list[bytes | int | None] = []
+        self.retained = 1
+        self.calls: list[str] = []
+        self._nursery = nursery
+        self._link: MemoryChannel
+
+    @asynccontextmanager
+    async def dial(self) -> AsyncIterator[Channel]:
+        await trio.lowlevel.checkpoint()
+        ours, theirs = memory_pair()
+        self._link = theirs
+        self._nursery.start_soon(theirs.run, self._receive)
+        yield ours
+
+    def cut(self) -> None:
+        self._link.close_nowait()
+
+    def emit(self, *events: bytes | int | None) -> None:
+        for event in events:
+            self.events.append(event)
+            self._push(len(self.events))
+
+    def _push(self, seq: int) -> None:
+        event = self.events[seq - 1]
+        params: dict[str, object] = {"processId": self._process_id, "seq": seq}
+        kind = "output" if isinstance(event, bytes) else "exited" if event is not None else "closed"
+        if isinstance(event, bytes):
+            params |= {"stream": "stdout", "chunk": b64encode(event).decode()}
+        elif event is not None:
+            params |= {"exitCode": event}
+        self._send({"method": f"process/{kind}", "params": params})
+
+    def _send(self, message: dict[str, object]) -> None:
+        with suppress(ConnectionLost):
+            self._link.send_nowait(json.dumps(message).encode())
+
+    def _receive(self, data: bytes) -> None:
+        message = json.loads(data)
+        if "id" not in message:
+            return
+        method, params = message["method"], message["params"]
+        self.calls.append(method)
+        result: dict[str, object] = {}
+        if method == "initialize":
+            if params["resumeSessionId"]:  # some comes early
+                for seq in range(1, len(self.events) + 1, 2):
+                    self._push(seq)
+            result = {"sessionId": "one"}
+        elif method == "environment/info":
+            result = {"shell": {"name": "sh", "path": "/bin/sh"}, "cwd": "file:///"}
+        elif method == "process/start":
+            self._process_id = params["processId"]
+            result = {"processId": self._process_id}
+        elif method == "process/read":
+            result = self._read(params["afterSeq"] or 0)
+        elif method == "process/terminate":
+            result = {"running": None not in self.events}
+        self._send({"id": message["id"], "result": result})
+        if method == "process/read":
+            for seq in range(1, len(self.events) + 1):  # all of it again
+                self._push(seq)
+
+    def _read(self, after: int) -> dict[str, object]:
+        chunks = [
+            {"seq": seq, "stream": "stdout", "chunk": b64encode(event).decode()}
+            for seq, event in enumerate(self.events, 1)
+            if isinstance(event, bytes) and seq > after and seq >= self.retained
+        ]
+        codes = [event for event in self.events if isinstance(event, int)]
+        return {
+            "chunks": chunks,
+            "nextSeq": len(self.events) + 1,
+            "exited": bool(codes),
+            "exitCode": codes[0] if codes else None,
+            "closed": None in self.events,
+            "failure": None,
+        }
+
+
+@asynccontextmanager
+async def open_reference() -> AsyncIterator[tuple[Reference, Environment]]:
+    async with trio.open_nursery() as nursery:
+        server = Reference(nursery)
+        async with open_remote(server.dial, "memory", redial=True, recovery=Recovery()) as remote:
+            yield server, Environment(remote)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("cut_at", range(8))
+@pytest.mark.parametrize("unseen", range(4))
+async def test_output_of_a_server_that_says_little_and_twice_arrives_once(
+    autojump_clock: MockClock, cut_at: int, unseen: int
+) -> None:
+    events: tuple[bytes | int | None, ...] = (b"1", b"2", b"3", 7, b"4", b"5", None)
+    async with open_reference() as (server, env):
+        async with env.open_process(["x"]) as process:
+            for number, event in enumerate(events):
+                if number == cut_at:
+                    server.cut()
+                elif not cut_at < number < cut_at + unseen:
+                    await wait_all_tasks_blocked()
+                server.emit(event)
+            if cut_at == len(events):
+                server.cut()
+            assert await read_all(process) == b"12345"
+            assert await process.wait() == 7
+        assert server.calls.count("process/start") == 1
+
+
+async def test_gap_at_a_server_that_says_little_is_told_once(autojump_clock: MockClock) -> None:
+    async with open_reference() as (server, env), env.open_process(["x"]) as process:
+        server.emit(b"1")
+        assert await process.stdout.receive_some() == b"1"
+        server.cut()
+        server.emit(b"2", b"3", b"4", 0, None)
+        server.retained = 4
+        with pytest.raises(OutputGap) as caught:
+            await process.stdout.receive_some()
+        assert (caught.value.from_seq, caught.value.to_seq, caught.value.bytes) == (2, 3, None)
+        assert await process.stdout.receive_some() == b"4"
+        assert await process.stdout.receive_some() == b""
+        assert await process.wait() == 0

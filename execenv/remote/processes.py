@@ -66,7 +66,7 @@ from execenv.protocol import (
     ProcessTerminateParams,
     ProcessWriteParams,
 )
-from execenv.remote.session import Session, Tries
+from execenv.remote.session import Session, Tries, again
 from execenv.status import waiting
 
 if TYPE_CHECKING:
@@ -393,9 +393,14 @@ class RemoteProcess(Process):
             params = evolve(params, receipt=receipt, grace_ms=U64(math.ceil(grace * 1000)))
         try:
             result = await self.session.call(PROCESS_TERMINATE, params)
-        except (trio.Cancelled, ConnectionLost):
+        except trio.Cancelled:
             self._owner.end_later(self.session, params)
             raise
+        except ConnectionLost as error:
+            if self.session.lost is not None:
+                raise
+            self._owner.end_later(self.session, params)
+            raise again(error, "unknown") from error.__cause__  # since it is to be done yet
         if result.receipt is None:
             return Termination(result.running)
         survivors = tuple(Survivor(one.pid, one.reason) for one in result.receipt.survivors)
