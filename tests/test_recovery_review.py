@@ -126,6 +126,23 @@ async def test_start_that_is_cancelled_while_recovering_and_fails_fast_is_ended_
         assert network.process().signals == ["terminate"]
 
 
+async def test_start_under_a_name_that_could_not_be_asked_for_was_not_sent(autojump_clock: MockClock) -> None:
+    async with open_network() as (network, env):
+        await env.info()
+
+        def drop(data: bytes, from_server: bool) -> str | None:
+            if from_server or b"process/read" not in data:
+                return None
+            network.reachable = False
+            return AFTER
+
+        network.drop = drop
+        with pytest.raises(ConnectionLost, match="recovery timed out") as caught:
+            await env.start_detached("dev", ["x"])
+        assert caught.value.outcome == "not sent"
+        assert network.environment.fakes.started == {}
+
+
 # Ends.
 
 

@@ -78,11 +78,10 @@ class RemoteEnvironment(EnvironmentBackend):
     async def run(self) -> None:
         """Hold one session after the other, each when somebody wants it, until `close_nowait`."""
         try:
-            with waiting():  # it works for all who use it
-                while not self._closing:
-                    await self._wanted.wait()
-                    if self._opening is not None and not self._closing:
-                        await self._hold_session(self._opening)
+            while not self._closing:
+                await self._wanted.wait()
+                if self._opening is not None and not self._closing:
+                    await self._hold_session(self._opening)
         finally:
             if self._opening is not None:  # wanted when it was too late
                 self._opened(self._opening, self._closed())

@@ -447,6 +447,8 @@ class RemoteProcesses(Processes):
         except InvalidRequest as error:
             if not error.message.endswith("is starting"):
                 return
+        except ConnectionLost as error:
+            raise again(error, "not sent") from error.__cause__  # the start was not
         raise _exists(process_id)
 
     async def _start(
