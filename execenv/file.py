@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import codecs
 import errno
+from contextlib import suppress
 from types import TracebackType
 
 import trio
 
 from execenv.abc import FileHandle
-from execenv.errors import UsageError, file_error
+from execenv.errors import ConnectionLost, ExecenvError, UsageError, file_error
 from execenv.paths import PathUri
 
 BUFFER = 1024 * 1024
@@ -44,8 +45,11 @@ class BinaryFile:
             await self.aclose()
             return
         self._closed = True
-        # Not flushed: an error in that would take the place of the one that matters.
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
+        # Not flushed: an error in that, or in the end, would take the place of the one that matters.
+        with (
+            trio.CancelScope(shield=True, deadline=trio.current_time() + 5),
+            suppress(OSError, ExecenvError),
+        ):
             await self._handle.close()
 
     async def read(self, size: int = -1) -> bytes:
@@ -121,7 +125,11 @@ class BinaryFile:
         finally:
             self._closed = True
             with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
-                await self._handle.close()
+                try:
+                    await self._handle.close()
+                except ConnectionLost:
+                    if self._writing:  # or else there is nothing left that could be lost
+                        raise
 
     async def _fill(self, size: int) -> bool:
         del self._buffer[: self._taken]

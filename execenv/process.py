@@ -149,7 +149,12 @@ class ProcessInput(trio.abc.SendStream):
             await trio.lowlevel.checkpoint_if_cancelled()
             view = memoryview(data)
             for start in range(0, len(view), _WRITE_PIECE):
-                await self._send(bytes(view[start : start + _WRITE_PIECE]))
+                try:
+                    await self._send(bytes(view[start : start + _WRITE_PIECE]))
+                except ConnectionLost as error:
+                    if start:  # what came before was taken
+                        error.outcome = "unknown"
+                    raise
             if view:
                 self._at_line_start = view[-1] == ord("\n")
 

@@ -154,6 +154,8 @@ class Peer:
         self._ending = False
         self._turns = trio.StrictFIFOLock()
         self._streaming = trio.StrictFIFOLock()
+        self.answered = 0
+        """How many calls were answered."""
         self._requests = 0
         self._request_bytes = 0
         self._nursery: trio.Nursery | None = None
@@ -376,6 +378,7 @@ class Peer:
             elif message.id == codec.CONNECTION_LEVEL_ID and isinstance(message, codec.ErrorMessage):
                 logger.warning("the exec-server could not parse a message: %s", message.message)
             return
+        self.answered += 1
         result: outcome.Outcome[Any]
         if isinstance(message, codec.ErrorMessage):
             result = outcome.Error(error_from_code(message.code, message.message))

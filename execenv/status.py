@@ -109,12 +109,23 @@ def fail_fast() -> Iterator[None]:
 
     Without it they wait until the connection is there again, or is given up. The error is `ConnectionLost`,
     with the outcome `"not sent"`. An environment that nobody has used yet, or that has failed, is not
-    connected either. Tasks that are started in the block behave so too.
+    connected either; only `open_environment` itself connects. Tasks that are started in the block behave so
+    too. What ends a process, and fails in the block, is made up for as soon as there is a connection.
 
         with execenv.fail_fast():
             await env.run(["git", "status"])
     """
     token = _failing_fast.set(True)
+    try:
+        yield
+    finally:
+        _failing_fast.reset(token)
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """In this block calls wait for a connection, whatever block of `fail_fast` it is in."""
+    token = _failing_fast.set(False)
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from attrs import Factory, define, frozen
 
 from execenv._service import open_nursery
 from execenv.abc import FileHandle, FileSystem
-from execenv.errors import ConnectionLost, NotSupported, file_error
+from execenv.errors import ConnectFailed, ConnectionLost, NotSupported, file_error
 from execenv.paths import PathUri
 from execenv.protocol import ONE_DIRECTORY, DirectoryEntry, FileMetadata
 
@@ -90,10 +90,19 @@ async def persist(call: Callable[[], Awaitable[R]]) -> R:
     Raises:
         ConnectionLost: if there is none, or each is lost in turn.
     """
-    for _ in range(TRIES - 1):
-        with suppress(ConnectionLost):
+    sent = False
+    for left in reversed(range(TRIES)):
+        try:
             return await call()
-    return await call()
+        except ConnectFailed as error:
+            if not sent:
+                raise
+            raise ConnectionLost(str(error), "unknown") from error
+        except ConnectionLost as error:
+            sent = sent or error.outcome != "not sent"
+            if not left:
+                raise ConnectionLost(str(error), "unknown" if sent else "not sent") from error
+    raise AssertionError("unreachable")
 
 
 @asynccontextmanager
@@ -172,10 +181,12 @@ async def write_atomically(
             await handle.close(sync=True)
             await files.rename(part, path, sync=True)
     except BaseException:
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + 5), suppress(Exception):
-            if handle is not None:
-                await handle.close()
-            await files.remove(part, recursive=False)
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + 5):
+            with suppress(Exception):
+                if handle is not None:
+                    await handle.close()
+            with suppress(Exception):
+                await files.remove(part, recursive=False)
         raise
 
 
@@ -396,17 +407,21 @@ class _Transfer:
         """Copy one file, or see that it is there."""
         self.progress.path = source
         share = _Share()
-        lost = 0
+        lost = arrived = 0
         while True:
-            arrived = share.copied
             try:
                 await self._file(source, found, destination, share)
                 break
-            except ConnectionLost:
-                # What follows waits until there is another connection, or fails if there will be none.
-                lost = 1 if share.copied > arrived else lost + 1
-                if lost == TRIES:
+            except (ConnectFailed, ConnectionLost) as error:
+                # What follows waits until there is another connection, or fails if there will be none. It may
+                # begin anew: only what no try has reached before is progress.
+                if isinstance(error, ConnectFailed) and not share.begun:
                     raise
+                lost = 1 if share.copied > arrived else lost + 1
+                arrived = max(arrived, share.copied)
+                if lost == TRIES or isinstance(error, ConnectFailed):
+                    outcome = "unknown" if share.begun else error.outcome
+                    raise ConnectionLost(str(error), outcome) from error
         self.progress.done_files += 1
         self.tell()
 

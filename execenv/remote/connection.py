@@ -31,7 +31,7 @@ from execenv.remote.http import RemoteHttp
 from execenv.remote.processes import RemoteProcesses
 from execenv.remote.session import Dial, Recovery, Session, Tries, again
 from execenv.rpc import Peer
-from execenv.status import Status, refuse_to_wait
+from execenv.status import Status, refuse_to_wait, waiting
 from execenv.targets import INITIALIZE_TIMEOUT
 
 P = TypeVar("P")
@@ -83,6 +83,8 @@ class RemoteEnvironment(EnvironmentBackend):
                 if self._opening is not None and not self._closing:
                     await self._hold_session(self._opening)
         finally:
+            if self._opening is not None:  # wanted when it was too late
+                self._opened(self._opening, self._closed())
             self.status.end()
 
     async def _hold_session(self, opening: _Opening) -> None:
@@ -112,7 +114,10 @@ class RemoteEnvironment(EnvironmentBackend):
             self.status.set("failed", error)
         finally:
             if self._opening is opening:  # closed, or cancelled, before there was a connection
-                self._opened(opening, ConnectFailed(f"{self.name} was closed"))
+                self._opened(opening, self._closed())
+
+    def _closed(self) -> ConnectFailed:
+        return ConnectFailed(f"{self.name} was closed", retryable=False)
 
     def _opened(self, opening: _Opening, error: ConnectFailed | None) -> None:
         opening.error = error
@@ -132,7 +137,7 @@ class RemoteEnvironment(EnvironmentBackend):
         if self._opening is not None:
             self._opened(self._opening, None)
         self.status.set("connected")
-        self.processes.connected(session)
+        self.processes.connected()
 
     def disconnected(self, session: Session, error: ConnectionLost) -> None:
         self.processes.disconnected()
@@ -211,7 +216,7 @@ class RemoteEnvironment(EnvironmentBackend):
                 tries.note(error)
                 if not self._may_come_back or (tries.sent and not repeat):
                     raise again(error, tries.outcome) from error.__cause__
-                await session.wait_lost(peer)
+                await session.wait_lost(peer, tries.outcome)
 
     @property
     def _may_come_back(self) -> bool:
@@ -277,5 +282,6 @@ async def open_remote(
     )
     async with service(environment.run, stop=environment.close_nowait):
         if connect:
-            await environment.session()
+            with waiting():
+                await environment.session()
         yield environment

@@ -72,6 +72,7 @@ from execenv.protocol import (
     WalkResult,
     WireOpenMode,
 )
+from execenv.remote.session import again
 from execenv.rpc import Call, Peer
 
 if TYPE_CHECKING:
@@ -138,6 +139,8 @@ class RemoteFileSystem(FileSystem):
                 try:
                     async with aclosing(_pieces(data)) as pieces:
                         await handle.write_blocks(pieces)
+                except ConnectionLost as error:  # whatever was not sent: the file has been emptied
+                    raise again(error, "unknown") from error.__cause__
                 finally:
                     handle.let_go()
 
@@ -359,6 +362,7 @@ class RemoteFileHandle(FileHandle):
     async def write_blocks(self, blocks: AsyncIterable[bytes], offset: int = 0) -> int:
         self._check()
         under_way: deque[Call[Nothing]] = deque()
+        begin = offset
         try:
             async for block in blocks:
                 for start in range(0, len(block), BLOCK):
@@ -371,6 +375,10 @@ class RemoteFileHandle(FileHandle):
                         await self._files._settled(under_way.popleft(), self._path)
             while under_way:
                 await self._files._settled(under_way.popleft(), self._path)
+        except ConnectionLost as error:
+            if offset == begin:
+                raise
+            raise again(error, "unknown") from error.__cause__
         finally:
             for call in under_way:
                 call.drop()

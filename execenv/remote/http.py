@@ -238,7 +238,8 @@ class RemoteHttp(HttpClient):
 
     def on_delta(self, params: Json) -> None:
         """A notification. Called by the reader; must not wait."""
-        if isinstance(params, dict) and len(params.get("deltaBase64") or "") > MAX_DELTA // 3 * 4 + 4:
+        encoded = params.get("deltaBase64") if isinstance(params, dict) else None
+        if isinstance(encoded, str) and len(encoded) > MAX_DELTA // 3 * 4 + 4:
             raise ProtocolViolation(f"a piece of a body is larger than {MAX_DELTA} bytes")
         delta = structure(params, HttpBodyDeltaParams)
         stream = self._streams.get(delta.request_id)

@@ -40,7 +40,6 @@ from execenv.errors import (
     InvalidRequest,
     NotSupported,
     ProtocolViolation,
-    RpcError,
 )
 from execenv.protocol import (
     CHUNK_OVERHEAD,
@@ -67,7 +66,8 @@ from execenv.protocol import (
     ProcessTerminateParams,
     ProcessWriteParams,
 )
-from execenv.remote.session import Session
+from execenv.remote.session import Session, Tries, again
+from execenv.status import waiting
 
 if TYPE_CHECKING:
     from execenv.remote.connection import RemoteEnvironment
@@ -108,6 +108,7 @@ class RemoteProcess(Process):
         self._exit_passed = False
         self._ended = False
         self._closed = False
+        self._failure: Exception | None = None
         self._stdin_by_size = False
         self._windowed = False
         self._untold = 0  # bytes taken since the server was told
@@ -117,7 +118,9 @@ class RemoteProcess(Process):
 
     def subscribe(self, sink: Sink, *, history: bool = False) -> None:
         self._sinks.append(sink)
-        if history:
+        if self._failure is not None:
+            sink.put(Failed(self._failure))
+        elif history:
             self._fetch()
 
     def unsubscribe(self, sink: Sink) -> None:
@@ -208,6 +211,7 @@ class RemoteProcess(Process):
         """No more events will come."""
         if not self._ended:
             self._ended = True
+            self._failure = error
             self._owner.remove(self)
             for sink in self._sinks:
                 sink.put(Failed(error))
@@ -250,26 +254,33 @@ class RemoteProcess(Process):
     async def _fetch_missed(self) -> None:
         """Read what was let go, as the sinks have room, until nothing is missing up to the newest event."""
         try:
-            while not self._ended:
-                for sink in list(self._sinks):
-                    await sink.wait_room()
-                self._stale = False
-                result = await self._read_started(self._next_seq - 1)
-                self._publish_read(result)
-                if not result.chunks and self._next_seq > self._newest and not self._stale:
-                    break
+            with waiting():  # whoever has started it may be in a block of `fail_fast`, and leave that
+                await self._fetch_all()
             self._catching_up = False
             self._held = 0
             if self._windowed and not self._ended:
                 self._tell()
-        except RpcError as error:  # such as: it is not known any more
-            text = f"failed to recover process {self.process_id}: {error.message}"
-            self.fail(ConnectionLost(text, "unknown"))
-            self._owner.terminate_nowait(self.session, ProcessTerminateParams(self.process_id))
-        except ExecenvError as error:
+        except ConnectionLost as error:
             self.fail(error)
+        except ExecenvError as error:
+            if self._exit_known and any(isinstance(event, Closed) for event in self._terminal.values()):
+                self._pass_terminal(self._newest + 1)  # it is over, and what is missing is lost
+            else:
+                text = f"failed to recover process {self.process_id!r}: {error}"
+                self.fail(ConnectionLost(text, "unknown"))
+                self._owner.end_later(self.session, ProcessTerminateParams(self.process_id))
         finally:
             self._fetching = False
+
+    async def _fetch_all(self) -> None:
+        while not self._ended:
+            for sink in list(self._sinks):
+                await sink.wait_room()
+            self._stale = False
+            result = await self._read_started(self._next_seq - 1)
+            self._publish_read(result)
+            if not result.chunks and self._next_seq > self._newest and not self._stale:
+                return
 
     async def _read_started(self, after_seq: int) -> ProcessReadResult:
         """`read`, also while the server still is at a start whose answer was lost (§4.5)."""
@@ -363,7 +374,8 @@ class RemoteProcess(Process):
     async def close_stdin(self) -> None:
         if self._stdin_by_size:
             return  # `_ending_input` ends it behind the last byte
-        await self._owner.require("processCloseStdin", "end of file on the stdin of a running process")
+        what = "end of file on the stdin of a running process"
+        await self._owner.require(self.session, "processCloseStdin", what)
         await self.session.call(PROCESS_CLOSE_STDIN, ProcessCloseStdinParams(self.process_id))
 
     async def interrupt(self) -> None:
@@ -371,11 +383,11 @@ class RemoteProcess(Process):
         await self.session.call(PROCESS_SIGNAL, params, repeat=False)
 
     async def resize(self, rows: int, columns: int) -> None:
-        await self._owner.require("processResize", "resizing a terminal")
+        await self._owner.require(self.session, "processResize", "resizing a terminal")
         await self.session.call(PROCESS_RESIZE, ProcessResizeParams(self.process_id, U64(rows), U64(columns)))
 
     async def terminate(self, *, receipt: bool = True, grace: float = 0.0) -> Termination:
-        extended = await self._owner.has("processReceipt")
+        extended = await self._owner.has(self.session, "processReceipt")
         if not extended and self._closed:
             return Termination(False)
         params = ProcessTerminateParams(self.process_id)
@@ -384,9 +396,13 @@ class RemoteProcess(Process):
         try:
             result = await self.session.call(PROCESS_TERMINATE, params)
         except trio.Cancelled:
-            if self.session.peer is None:  # nobody waits any more, but it is to end all the same
-                self._owner.unsent[self.process_id] = params
+            self._owner.end_later(self.session, params)
             raise
+        except ConnectionLost as error:
+            if self.session.lost is not None:
+                raise
+            self._owner.end_later(self.session, params)
+            raise again(error, "unknown") from error.__cause__  # since it is to be done yet
         if result.receipt is None:
             return Termination(result.running)
         survivors = tuple(Survivor(one.pid, one.reason) for one in result.receipt.survivors)
@@ -400,7 +416,10 @@ class RemoteProcesses(Processes):
 
     def __init__(self, environment: RemoteEnvironment) -> None:
         self._environment = environment
-        self.unsent: dict[str, ProcessTerminateParams] = {}  # for the next connection
+        self._starting: set[str] = set()
+        self._endings: dict[
+            str, trio.Event
+        ] = {}  # ids that end when they can be ended, and when that is done
         # More than one of an id where several tasks attach to it: each reads at its own pace.
         self._by_id: dict[str, list[RemoteProcess]] = {}
 
@@ -408,25 +427,57 @@ class RemoteProcesses(Processes):
         self, params: ProcessStartParams, sink: Sink | None = None, *, input_size: int | None = None
     ) -> RemoteProcess:
         session = await self._environment.session()
+        id_ = params.process_id
+        if id_ in self._starting:
+            raise _exists(id_)
+        self._starting.add(id_)
+        try:
+            if sink is None:
+                await self._check_free(session, id_)
+            return await self._start(session, params, sink, input_size)
+        finally:
+            self._starting.discard(id_)
+
+    async def _check_free(self, session: Session, process_id: str) -> None:
+        """Refuse a name that is taken, before the start: where the answer to that is lost, the name tells
+        whether it was done, unless it was taken by another process.
+        """
+        if process_id in self._endings:
+            await self._endings[process_id].wait()  # or the one that is to end would be this one
+        try:
+            await session.call(PROCESS_READ, ProcessReadParams(process_id, U64(0), U64(0), U64(0)))
+        except InvalidRequest as error:
+            if not error.message.endswith("is starting"):
+                return
+        except ConnectionLost as error:
+            raise again(error, "not sent") from error.__cause__  # the start was not
+        raise _exists(process_id)
+
+    async def _start(
+        self, session: Session, params: ProcessStartParams, sink: Sink | None, input_size: int | None
+    ) -> RemoteProcess:
         process = RemoteProcess(self, session, params.process_id)
-        self.unsent.pop(params.process_id, None)  # that was for another one of this name
-        if sink is not None and await self.has("processOutputWindow"):
+        if sink is not None and await self.has(session, "processOutputWindow"):
             process._windowed = True
             params = evolve(params, output_window=U64(OUTPUT_WINDOW))
-        if params.pipe_stdin and not await self.has("processCloseStdin") and input_size is not None:
+        closable = not params.pipe_stdin or await self.has(session, "processCloseStdin")
+        if not closable and input_size is not None:
             params = evolve(params, argv=_ending_input(params.argv, params.arg0, input_size), arg0=None)
             process._stdin_by_size = True
         if sink is not None:
             process.subscribe(sink)
         # Before the request goes out: an early event finds its owner.
         self._add(process)
+        tries = session.tries()
         try:
-            await self._start(session, params)
+            await self._ask_to_start(session, params, tries)
             process.note_started()
         except BaseException as error:
             self.remove(process)
-            if isinstance(error, trio.Cancelled):
-                # It may have started all the same, and nobody would end it.
+            # It may have started all the same, and nobody would end it.
+            if tries.sent and isinstance(error, ConnectionLost):
+                self.end_later(session, ProcessTerminateParams(params.process_id))
+            elif tries.sent and isinstance(error, trio.Cancelled):
                 with suppress(ExecenvError), trio.CancelScope(shield=True) as scope:
                     scope.deadline = trio.current_time() + 5
                     await process.terminate(receipt=False)
@@ -436,9 +487,8 @@ class RemoteProcesses(Processes):
         return process
 
     @staticmethod
-    async def _start(session: Session, params: ProcessStartParams) -> None:
+    async def _ask_to_start(session: Session, params: ProcessStartParams, tries: Tries) -> None:
         """Start it once. The id tells whether a start whose answer was lost was done."""
-        tries = session.tries()
         while True:
             peer = await session.wait_peer(tries.outcome)
             try:
@@ -446,11 +496,27 @@ class RemoteProcesses(Processes):
                 return
             except ConnectionLost as error:
                 tries.note(error)
-                await session.wait_lost(peer)
+                await session.wait_lost(peer, tries.outcome)
+            except trio.Cancelled:
+                tries.sent = True  # perhaps
+                raise
             except InvalidRequest as error:
                 if tries.sent and error.message.endswith("already exists"):
                     return
                 raise
+
+    def end_later(self, session: Session, params: ProcessTerminateParams) -> None:
+        """End a process as soon as that can be done: nobody waits for it any more."""
+        if session.lost is None and params.process_id not in self._endings:
+            self._endings[params.process_id] = trio.Event()
+            session.nursery.start_soon(self._end, session, params)
+
+    async def _end(self, session: Session, params: ProcessTerminateParams) -> None:
+        try:
+            with waiting(), suppress(ExecenvError):
+                await session.call(PROCESS_TERMINATE, params)
+        finally:
+            self._endings.pop(params.process_id).set()
 
     async def attach(self, process_id: str) -> RemoteProcess:
         session = await self._environment.session()
@@ -458,7 +524,7 @@ class RemoteProcesses(Processes):
         self._add(process)
         try:
             await process.read(wait=0.0, max_bytes=0)  # unknown ids are refused
-            if await self.has("processOutputWindow"):
+            if await self.has(session, "processOutputWindow"):
                 process.open_window()
         except BaseException:
             self.remove(process)
@@ -476,27 +542,16 @@ class RemoteProcesses(Processes):
         if not listening:
             self._by_id.pop(process.process_id, None)
 
-    def connected(self, session: Session) -> None:
+    def connected(self) -> None:
         """The session was opened, or resumed. Called before anything is received over its connection."""
-        unsent, self.unsent = self.unsent, {}
-        for params in unsent.values():
-            self.terminate_nowait(session, params)
         for process in self._listening():
             process.connected()
-
-    @staticmethod
-    def terminate_nowait(session: Session, params: ProcessTerminateParams) -> None:
-        """Have a process ended that nobody waits for."""
-        if session.peer is not None:
-            with suppress(ConnectionLost):
-                session.peer.call_nowait(PROCESS_TERMINATE, params).drop()
 
     def disconnected(self) -> None:
         for process in self._listening():
             process.disconnected()
 
     def session_lost(self, session: Session, error: ConnectionLost) -> None:
-        self.unsent.clear()
         for process in self._listening():
             if process.session is session:
                 process.fail(error)
@@ -504,11 +559,12 @@ class RemoteProcesses(Processes):
     def _listening(self) -> list[RemoteProcess]:
         return [one for listening in self._by_id.values() for one in listening]
 
-    async def has(self, capability: str) -> bool:
-        return (await self._environment.info()).capabilities.get(capability, False)
+    async def has(self, session: Session, capability: str) -> bool:
+        info = session.info or await self._environment.info()
+        return info.capabilities.get(capability, False)
 
-    async def require(self, capability: str, what: str) -> None:
-        if not await self.has(capability):
+    async def require(self, session: Session, capability: str, what: str) -> None:
+        if not await self.has(session, capability):
             raise NotSupported(
                 f"the exec-server behind {self._environment.name} has no call for {what} "
                 f"(its environment info does not list {capability})"
@@ -531,6 +587,10 @@ class RemoteProcesses(Processes):
     def _publish(self, process_id: str, seq: int, event: Event) -> None:
         for process in tuple(self._by_id.get(process_id, ())):
             process.publish(seq, event)
+
+
+def _exists(process_id: str) -> InvalidRequest:
+    return InvalidRequest(f"process {process_id} already exists")
 
 
 def _ending_input(argv: tuple[str, ...], arg0: str | None, size: int) -> tuple[str, ...]:

@@ -73,8 +73,8 @@ class Recovery:
 
 
 MOST_TRIES = 30
-"""Connections that one call may lose, and the time to recover besides: one that itself ends the connection
-must not be repeated for ever."""
+"""Connections that one call may lose, and the time to recover besides (`RECOVERY`, where that is more): one
+that itself ends the connection must not be repeated for ever."""
 
 STEADY = 1.0
 """Seconds that a connection has to last for the next one to be made at once."""
@@ -90,7 +90,7 @@ class Tries:
     sent = False
 
     def __init__(self, recovery: Recovery | None) -> None:
-        self._deadline = math.inf if recovery is None else recovery.deadline
+        self._deadline = RECOVERY if recovery is None else min(recovery.deadline, RECOVERY)
         self._lost = 0
         self._since = 0.0
 
@@ -161,6 +161,7 @@ class Session:
         self._closing = False
         self._attempt = trio.CancelScope()
         self._connected_at = -math.inf
+        self._used = False
         self._changed = trio.lowlevel.ParkingLot()
 
     async def run(self) -> None:
@@ -186,7 +187,10 @@ class Session:
                 return
             loss = await self._recover(loss, self._recovery, delay)
             steady = trio.current_time() - self._connected_at > STEADY
-            delay = 0.0 if steady else self._recovery.first_delay
+            if steady:
+                delay = 0.0
+            else:  # one that was of use, if not for long, is worth another one soon
+                delay = self._recovery.first_delay if self._used else self._recovery.after(delay)
 
     def close(self) -> None:
         """End the connection, behind what was sent; or what makes one."""
@@ -230,16 +234,23 @@ class Session:
                 tries.note(error)
                 if tries.sent and not repeat:
                     raise
-                await self.wait_lost(peer)
+                await self.wait_lost(peer, tries.outcome)
 
     def tries(self) -> Tries:
         """For a call that is about to be made."""
         return Tries(self._recovery)
 
-    async def wait_lost(self, peer: Peer) -> None:
-        """Return when the session knows that this connection has ended, which a call over it knew first."""
+    async def wait_lost(self, peer: Peer, outcome: Outcome) -> None:
+        """Return when the session knows that this connection has ended, which a call over it knew first.
+
+        It may know that from the other side (`TRANSPORT_CLOSED`), and then this side ends it.
+
+        Args:
+            outcome: what is known of the call.
+        """
+        peer.channel.close_nowait()
         while self.peer is peer:
-            refuse_to_wait()
+            refuse_to_wait(outcome)
             await self._changed.park()
 
     async def wait_settled(self) -> None:
@@ -275,10 +286,11 @@ class Session:
                 f"{name} did not answer initialize within {self._initialize_timeout:g} s"
             ) from error
         except RpcError as error:
+            shown = _without(error, resume)
             raise ConnectFailed(
-                f"{name} rejected initialize: {error.message} (code {error.code})",
+                f"{name} rejected initialize: {shown.message} (code {shown.code})",
                 retryable=isinstance(error, SessionAttached),
-            ) from error
+            ) from shown
         except ConnectionLost as error:
             raise ConnectFailed(f"{name} ended the connection before it was initialized: {error}") from error
         except ExecenvError as error:
@@ -296,6 +308,7 @@ class Session:
     def _disconnected(self, peer: Peer) -> None:
         if self.peer is peer:
             self.peer = None
+            self._used = peer.answered > 1  # the handshake is one
             self._owner.disconnected(self, peer.channel.lost("unknown"))
             self._changed.unpark_all()
 
@@ -333,6 +346,11 @@ def again(error: ConnectionLost, outcome: Outcome) -> ConnectionLost:
     copy = ConnectionLost(str(error), outcome)
     copy.__cause__ = error.__cause__
     return copy
+
+
+def _without(error: RpcError, session_id: str | None) -> RpcError:
+    """The same error without the id, which servers put into their words."""
+    return type(error)(error.message.replace(session_id, "***"), error.code) if session_id else error
 
 
 def _not_resumed(loss: ConnectionLost, why: object) -> ConnectionLost:

@@ -36,6 +36,9 @@ READ_IN_TIME = 64 * 1024
 MOST_PATIENCE = 10  # pong timeouts
 MAX_HEAD = 64 * 1024
 NOT_SENT_LOW_WATER = 128 * 1024
+REFUSALS = (401, 403)
+"""Statuses of a refused handshake that say who is not let in. What else is answered may be a proxy's word on
+a server that is about to come back."""
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -364,13 +367,16 @@ async def connect(
         parts = urlsplit(url)
         port = parts.port
     except ValueError:  # its text repeats what may be a piece of a password
-        raise ConnectFailed(
+        text = (
             f"{shown!r} is no websocket URL: its host or its port cannot be read; write it as ws://HOST:PORT"
-        ) from None
+        )
+        raise ConnectFailed(text, retryable=False) from None
     if parts.scheme not in ("ws", "wss") or not parts.hostname:
-        raise ConnectFailed(f"{shown!r} is no websocket URL: it should look like ws://HOST:PORT")
+        text = f"{shown!r} is no websocket URL: it should look like ws://HOST:PORT"
+        raise ConnectFailed(text, retryable=False)
     if any(byte < 0x20 or byte == 0x7F for _, value in headers for byte in value):
-        raise ConnectFailed("a header, such as the bearer token, holds a control character")
+        text = "a header, such as the bearer token, holds a control character"
+        raise ConnectFailed(text, retryable=False)
     secure = parts.scheme == "wss"
     resource = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     host = parts.netloc.rpartition("@")[2]
@@ -398,10 +404,12 @@ async def connect(
             body = " ".join(cause.body.decode(errors="replace").split())[:200]
             detail = f": {body}" if body else ""
             raise ConnectFailed(
-                f"{shown} refused the websocket with status {cause.status}{detail}"
+                f"{shown} refused the websocket with status {cause.status}{detail}",
+                retryable=cause.status not in REFUSALS,
             ) from cause
         if isinstance(cause, UnicodeError):
-            raise ConnectFailed(f"cannot connect to {shown}: no host can have that name") from cause
+            text = f"cannot connect to {shown}: no host can have that name"
+            raise ConnectFailed(text, retryable=False) from cause
         if isinstance(cause, OSError | ConnectFailed | trio.BrokenResourceError):
             raise ConnectFailed(f"cannot connect to {shown}: {_reason(cause)}") from cause
         # trio-websocket, wsproto and h11 each have errors of their own for an answer that makes no sense.
