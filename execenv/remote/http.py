@@ -8,6 +8,7 @@ server pushes on: a stream whose reader is so slow that too much would wait here
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sized
 from contextlib import suppress
 from itertools import count
 from typing import TYPE_CHECKING
@@ -239,7 +240,7 @@ class RemoteHttp(HttpClient):
     def on_delta(self, params: Json) -> None:
         """A notification. Called by the reader; must not wait."""
         encoded = params.get("deltaBase64") if isinstance(params, dict) else None
-        if isinstance(encoded, str) and len(encoded) > MAX_DELTA // 3 * 4 + 4:
+        if isinstance(encoded, Sized) and len(encoded) > MAX_DELTA // 3 * 4 + 4:
             raise ProtocolViolation(f"a piece of a body is larger than {MAX_DELTA} bytes")
         delta = structure(params, HttpBodyDeltaParams)
         stream = self._streams.get(delta.request_id)
