@@ -23,7 +23,8 @@ class StatusChange:
         state: `"idle"`: nobody has used it yet; `"connecting"`; `"connected"`; `"recovering"`: the connection
             was lost, and is being made again for the same session; `"failed"`: it could not be, and what ran
             there is lost. An environment that can be reached anew then does so at its next use.
-        error: why, when it is recovering or has failed.
+        error: why, when it is recovering or has failed. While it recovers, there is a change for each new
+            reason why it could not be reached.
     """
 
     state: State

@@ -460,11 +460,11 @@ async def test_gives_up_at_its_deadline_and_opens_another_session_at_the_next_us
             nursery.cancel_scope.cancel()
         states = [state for state, _ in changes]
         assert states == [
-            *("connected", "recovering", "failed"),
+            *("connected", "recovering", "recovering", "failed"),
             *("connecting", "failed"),
             *("connecting", "connected"),
         ]
-        assert [has_error for _, has_error in changes] == [False, True, True, False, True, False, False]
+        assert [has_error for _, has_error in changes] == [False, True, True, True, False, True, False, False]
 
 
 async def test_recovery_may_have_no_deadline(autojump_clock: MockClock) -> None:

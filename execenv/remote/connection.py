@@ -146,6 +146,9 @@ class RemoteEnvironment(EnvironmentBackend):
         if not self._closing and self._recovery is not None:
             self.status.set("recovering", error)
 
+    def still_disconnected(self, session: Session, error: ConnectionLost) -> None:
+        self.status.set("recovering", error)
+
     def failed(self, session: Session, error: ConnectionLost) -> None:
         self.processes.session_lost(session, error)
         if not self._closing and session.session_id:

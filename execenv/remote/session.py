@@ -120,6 +120,8 @@ class Owner(Protocol):
 
     def disconnected(self, session: Session, error: ConnectionLost) -> None: ...
 
+    def still_disconnected(self, session: Session, error: ConnectionLost) -> None: ...
+
     def failed(self, session: Session, error: ConnectionLost) -> None: ...
 
 
@@ -322,10 +324,12 @@ class Session:
                     await trio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311 - so that not all come at once
                     return await self._hold(self.session_id)
                 except ConnectFailed as error:
-                    last = error
                     if not error.retryable:
                         self._lose(_not_resumed(loss, error))
                         return loss
+                    if str(error) != str(last):
+                        self._owner.still_disconnected(self, _not_resumed(loss, error))
+                    last = error
             if self._closing:
                 return loss
             if self._attempt.cancelled_caught:
