@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -387,6 +388,7 @@ NOW = time.time()
         (OF_ISSUER, token(iss="us", aud=["others", "more"]), "websocket jwt audience mismatch"),
         (OF_ISSUER, token(iss="us"), "websocket jwt audience mismatch"),
     ],
+    ids=count(),  # the tokens tell the time
 )
 def test_wrong_jwt_is_refused_with_the_reason(auth: SignedToken, given: str, body: str) -> None:
     with pytest.raises(Unauthorized) as refused:
