@@ -270,18 +270,6 @@ async def test_start_whose_server_was_restarted_says_that_it_does_not_know(
             await network.restart()
 
 
-async def test_process_that_the_server_has_forgotten_is_lost(autojump_clock: MockClock) -> None:
-    async with open_network() as (network, env), env.open_process(["x"]) as process:
-        [session] = network.sessions._by_id.values()
-        session.processes._entries.clear()
-        network.cut()
-        for use in (process.wait, process.stdout.receive_some):
-            with pytest.raises(ConnectionLost, match=r"failed to recover .* unknown process id") as caught:
-                await use()
-            assert caught.value.outcome == "unknown"
-        assert await env.probe() == "ready"
-
-
 async def test_leaving_the_block_of_a_process_ends_it_over_a_cut(autojump_clock: MockClock) -> None:
     async with open_network() as (network, env):
         async with env.open_process(["x"]):
