@@ -23,6 +23,7 @@ from execenv.remote.session import Recovery
 from execenv.transports import websocket
 from execenv.transports.channel import Channel
 from execenv.transports.memory import MemoryChannel, memory_pair
+from tests.fakes import FakeProcess
 from tests.test_recovery import (
     AFTER,
     BEFORE,
@@ -634,6 +635,37 @@ async def test_output_that_the_server_forgot_before_it_was_read_is_a_gap_and_the
         [(first, last)] = gaps
         assert read == (first - 1) * 1024 * 1024
         assert last == 20
+
+
+async def test_write_to_a_process_that_is_starting_yet_is_repeated(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As another make of server has it, where the answer to a start was lost and the start goes on (§4.6)."""
+    answers = ["starting", "starting"]
+    accept = FakeProcess.write_nowait
+
+    def write(process: FakeProcess, data: bytes, write_id: str) -> str | None:
+        return answers.pop() if answers else accept(process, data, write_id)
+
+    monkeypatch.setattr(FakeProcess, "write_nowait", write)
+    async with open_network() as (network, env), env.open_process(["x"], stdin=True) as process:
+        assert process.stdin is not None
+        await process.stdin.send_all(b"one")
+        assert network.process().written == [b"one"]
+        assert answers == []
+
+
+async def test_process_that_is_silent_yet_is_attached_to_without_reading_it(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_network() as (network, env):
+        await env.start_detached("dev", ["x"])
+        child = network.process()
+        async with env.attach("dev") as process:
+            child.reads = 0  # what was not pushed would not come
+            child.emit(b"pushed")
+            assert (await anext(process)).data == b"pushed"
+            child.reads = math.inf
 
 
 async def test_process_that_the_server_forgot_is_lost(autojump_clock: MockClock) -> None:

@@ -104,6 +104,7 @@ class RemoteProcess(Process):
         self._fetching = False  # `_fetch_missed` runs
         self._stale = False  # the connection was lost since it asked last
         self._started = attached
+        self._silent = False  # it had done nothing yet when it was attached to
         self._terminal: dict[int, Event] = {}  # exit and close, seen while catching up
         self._exit_passed = False
         self._ended = False
@@ -120,6 +121,8 @@ class RemoteProcess(Process):
         self._sinks.append(sink)
         if self._failure is not None:
             sink.put(Failed(self._failure))
+        elif history and self._silent and not self._newest and not self._stale:
+            self._catching_up = False  # there is nothing to catch up with: all of it will be pushed
         elif history:
             self._fetch()
 
@@ -369,7 +372,11 @@ class RemoteProcess(Process):
 
     async def write(self, data: bytes, write_id: str) -> str:
         params = ProcessWriteParams(self.process_id, Base64(data), write_id)
-        return (await self.session.call(PROCESS_WRITE, params)).status
+        while True:
+            status = (await self.session.call(PROCESS_WRITE, params)).status
+            if status != "starting":  # it is, where the answer to a start was lost (§4.6)
+                return status
+            await trio.sleep(STILL_STARTING)
 
     async def close_stdin(self) -> None:
         if self._stdin_by_size:
@@ -523,7 +530,8 @@ class RemoteProcesses(Processes):
         process = RemoteProcess(self, session, process_id, attached=True)
         self._add(process)
         try:
-            await process.read(wait=0.0, max_bytes=0)  # unknown ids are refused
+            found = await process.read(wait=0.0, max_bytes=0)  # unknown ids are refused
+            process._silent = found.next_seq == 1
             if await self.has(session, "processOutputWindow"):
                 process.open_window()
         except BaseException:
