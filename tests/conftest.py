@@ -16,10 +16,10 @@ from attrs import define
 from execenv import Environment, open_environment
 from execenv.providers import NOISE_VARIABLES
 from execenv.remote.connection import open_remote
-from execenv.remote.session import only
 from execenv.server import open_local_sessions
 from execenv.server.listen import serve_channel
 from execenv.transports.memory import MemoryChannel, memory_pair
+from tests.fakes import only
 
 SERVE = (sys.executable, "-m", "execenv", "serve", "--listen")
 ANY_PORT = "ws://127.0.0.1:0"

@@ -37,7 +37,9 @@ from execenv.protocol import (
     ProcessStartParams,
     Shell,
 )
+from execenv.remote.session import Dial
 from execenv.status import Status
+from execenv.transports.channel import Channel
 
 MOUNTS = Mounts()
 
@@ -84,6 +86,16 @@ class Watched:
         for pidfd in self._pidfds.values():
             os.close(pidfd)
         self._pidfds.clear()
+
+
+def only(channel: Channel) -> Dial:
+    """Dials that channel, which works once."""
+
+    @asynccontextmanager
+    async def dial() -> AsyncIterator[Channel]:
+        yield channel
+
+    return dial
 
 
 class FakeProcess(Process):

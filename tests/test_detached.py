@@ -23,7 +23,6 @@ from execenv.protocol import (
     Shell,
 )
 from execenv.remote.connection import open_remote
-from execenv.remote.session import only
 from execenv.server import DetachedTtl, processes
 from execenv.server.connection import ServerConnection
 from execenv.server.listen import serve_channel
@@ -32,7 +31,7 @@ from execenv.transports._frames import FrameCodec, Ping
 from execenv.transports._pump import StreamIO
 from execenv.transports.memory import memory_pair
 from execenv.transports.websocket import WebsocketChannel
-from tests.fakes import FakeEnvironment, FakeHost, FakeProcess
+from tests.fakes import FakeEnvironment, FakeHost, FakeProcess, only
 from tests.test_sessions import Message, Server, WireClient, open_server, seqs, start
 
 MIB = 1024 * 1024

@@ -51,7 +51,6 @@ from execenv.protocol import (
 )
 from execenv.remote import http as remote_http
 from execenv.remote.connection import open_remote
-from execenv.remote.session import only
 from execenv.rpc import Peer, Route, open_peer
 from execenv.server import http as server_http
 from execenv.server import open_local_sessions
@@ -59,6 +58,7 @@ from execenv.server.listen import serve_channel
 from execenv.server.sessions import Sessions
 from execenv.transports.memory import MemoryChannel, memory_pair
 from tests.conftest import WebsocketServer, open_kind, open_memory
+from tests.fakes import only
 from tests.http_origin import PIECE, open_origin
 
 SECRET = "s3cret"

@@ -424,9 +424,8 @@ class RemoteProcesses(Processes):
     def __init__(self, environment: RemoteEnvironment) -> None:
         self._environment = environment
         self._starting: set[str] = set()
-        self._endings: dict[
-            str, trio.Event
-        ] = {}  # ids that end when they can be ended, and when that is done
+        # Ids of what is to end as soon as that can be done, each with what is set when it is done.
+        self._endings: dict[str, trio.Event] = {}
         # More than one of an id where several tasks attach to it: each reads at its own pace.
         self._by_id: dict[str, list[RemoteProcess]] = {}
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol, TypeVar
 
 import trio
 from attrs import frozen
@@ -31,9 +31,6 @@ from execenv.status import refuse_to_wait
 from execenv.targets import INITIALIZE_TIMEOUT, RECOVERY
 from execenv.transports.channel import Channel
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
 CLIENT_NAME = "execenv"
 
 P = TypeVar("P")
@@ -41,16 +38,6 @@ R = TypeVar("R")
 
 Dial = Callable[[], AbstractAsyncContextManager[Channel]]
 """Opens a channel that nobody has used yet, and lets go of it. Raises `ConnectFailed`."""
-
-
-def only(channel: Channel) -> Dial:
-    """Dials that channel, which works once."""
-
-    @asynccontextmanager
-    async def dial() -> AsyncIterator[Channel]:
-        yield channel
-
-    return dial
 
 
 @frozen

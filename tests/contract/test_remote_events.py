@@ -10,13 +10,12 @@ from trio.testing import wait_all_tasks_blocked
 
 from execenv import Environment
 from execenv.remote.connection import open_remote
-from execenv.remote.session import only
 from execenv.server.listen import serve_channel
 from execenv.server.sessions import open_sessions
 from execenv.transports.memory import memory_pair
 from tests.conftest import time_limit
 from tests.contract.test_output import read_all
-from tests.fakes import FakeHost, FakeProcess
+from tests.fakes import FakeHost, FakeProcess, only
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ import trio
 from execenv import Environment
 from execenv.protocol import ProcessReadResult
 from execenv.remote.connection import open_remote
-from execenv.remote.session import only
 from execenv.server import open_local_sessions
 from execenv.server.listen import Listener
 from execenv.server.sessions import Sessions
 from execenv.transports import websocket
 from execenv.transports._frames import Event, FrameCodec, Pong
 from execenv.transports.websocket import WebsocketChannel
+from tests.fakes import only
 from tests.interop.codex import ExecResult, ProcessMark, real_exec_server, run_codex
 from tests.interop.conftest import exec_command
 
