@@ -49,7 +49,7 @@ def _how(flags: int, mode: int, resolve: int) -> ctypes.Array[ctypes.c_uint64]:
     return (ctypes.c_uint64 * 3)(flags | os.O_CLOEXEC, mode, resolve)
 
 
-def _openat2(dir_fd: int, path: bytes, flags: int, resolve: int, mode: int = 0) -> int | None:
+def openat2(dir_fd: int, path: bytes, flags: int, resolve: int, mode: int = 0) -> int | None:
     """A descriptor; `None` if it cannot be had under the rules of `resolve`, or there is no such call."""
     library = libc()
     if library is None:
@@ -117,13 +117,13 @@ class Mounts:
             OSError: why it cannot be opened.
         """
         if not flags & os.O_CREAT:
-            fd = _openat2(_AT_FDCWD, path, flags, _RESOLVE_CACHED)
+            fd = openat2(_AT_FDCWD, path, flags, _RESOLVE_CACHED)
             if fd is not None:
                 return fd
         directory, _, name = path.rpartition(b"/")
         if not name:
             return None
-        parent = _openat2(_AT_FDCWD, directory or b"/", os.O_PATH | os.O_DIRECTORY, _RESOLVE_CACHED)
+        parent = openat2(_AT_FDCWD, directory or b"/", os.O_PATH | os.O_DIRECTORY, _RESOLVE_CACHED)
         if parent is None:
             return None
         try:
@@ -131,7 +131,7 @@ class Mounts:
             if found is None or not self.is_local(found.mount_id):
                 return None
             # Only the disk is asked now: the name is in this directory, and of this mount or refused.
-            fd = _openat2(parent, name, flags | os.O_NOFOLLOW, _RESOLVE_NO_XDEV, mode)
+            fd = openat2(parent, name, flags | os.O_NOFOLLOW, _RESOLVE_NO_XDEV, mode)
             if fd is not None and flags & (os.O_PATH | os.O_NOFOLLOW) == os.O_PATH:
                 found = stat_now(fd)  # with O_PATH a link itself is opened, and not refused
                 if found is None or found.is_symlink:

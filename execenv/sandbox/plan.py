@@ -56,8 +56,8 @@ class Mask:
     """Something in place of `path`, so that what is there is not seen.
 
     Attributes:
-        kind: `"empty directory"`: mode 0555, for a protected name that is missing. `"denied directory"`:
-            mode 0000, or 0111 with `reopened` children, which are bound behind it. `"denied file"`: mode 0000.
+        kind: `"empty directory"`: mode 0555, for a protected name that is missing. `"denied directory"`: mode
+            0000, or 0111 with `reopened` children, which are bound behind it. `"denied file"`: mode 0000.
         missing: nothing is there on the host: bubblewrap would make a mount point, and a helper for files
             refuses by name instead.
         device, inode: of what is there; 0 if it is missing.

@@ -1,4 +1,4 @@
-"""System calls that are refused in a sandbox: a filter as bubblewrap and prctl take it (sandbox.md §7). No I/O."""
+"""System calls that are refused in a sandbox: a filter as bubblewrap and prctl take it (sandbox.md §7)."""
 
 from __future__ import annotations
 
