@@ -14,6 +14,7 @@ from typing import Any, Generic, Literal, NewType, TypeVar
 from attrs import define, field, frozen
 
 from execenv.paths import PathUri
+from execenv.sandbox.policy import Sandbox
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -146,7 +147,7 @@ class ProcessStartParams:
     env_policy: EnvPolicy | None = None
     pipe_stdin: bool = False
     arg0: str | None = None
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
     enforce_managed_network: bool = False
     managed_network: Any = None
     network_proxy: Any = field(default=None, metadata=extension)

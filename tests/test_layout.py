@@ -70,6 +70,7 @@ LAYERS = (
         "_first_stage",
         "_locations",
         "_run_command",
+        "_sandboxed",
         "_standard_streams",
         "cli",
         "environment",
