@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 from attrs import fields, frozen, has
 
 from execenv.errors import InvalidParams
+from execenv.errors import wrong_type as _wrong_type
 from execenv.paths import PathUri, PathUriError
 from execenv.protocol import U64, Base64, Base64Text, Unit
 
@@ -407,22 +408,6 @@ def _by_position(values: list[Json], cls: type) -> dict[str, Json]:
 def camel(name: str) -> str:
     head, *rest = name.split("_")
     return head + "".join(word.capitalize() for word in rest)
-
-
-def _wrong_type(value: Json, expected: str) -> str:
-    if value is None:
-        found = "null"
-    elif isinstance(value, bool):
-        found = "boolean"
-    elif isinstance(value, int | float):
-        found = "number"
-    elif isinstance(value, memoryview):
-        found = "string"
-    elif isinstance(value, str):
-        found = f'string "{value[:80]}"'
-    else:
-        found = "sequence" if isinstance(value, list) else "map"
-    return f"invalid type: {found}, expected {expected}"
 
 
 def _structure_str(value: Json, _: object) -> str:
