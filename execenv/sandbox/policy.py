@@ -261,6 +261,18 @@ class SandboxProfile:
         return self.restricts_files or self.restricts_network
 
     @property
+    def needs_workspace_roots(self) -> bool:
+        """Whether an entry is about `project_roots`."""
+        rules = [entry.rule for entry in self._effective or ()]
+        return any(isinstance(rule, SpecialRule) and rule.kind == "project_roots" for rule in rules)
+
+    @property
+    def needs_cwd(self) -> bool:
+        """Whether an entry has a relative pattern."""
+        rules = [entry.rule for entry in self._effective or ()]
+        return any(isinstance(rule, GlobRule) and not rule.pattern.startswith("/") for rule in rules)
+
+    @property
     def _effective(self) -> tuple[Entry, ...] | None:
         """Without the grants that grant nothing: patterns, and places that only others know."""
         if self.kind != "managed" or self.entries is None:

@@ -39,7 +39,7 @@ def workspace(tmp_path: Path) -> Path:
 
 
 async def sh(environment: Environment, script: str, profile: SandboxProfile, cwd: Path) -> CompletedProcess:
-    return await environment.run(["sh", "-c", script], sandbox=profile, cwd=cwd)
+    return await environment.run(["sh", "-c", script], sandbox=profile, cwd=cwd, check=False)
 
 
 # What may be written.
@@ -74,7 +74,7 @@ async def test_success_and_failures_of_its_own_are_not_denials(
     assert (done.returncode, done.sandbox_denied) == (0, False)
     done = await sh(environment, "echo no; exit 3", WRITE, workspace)
     assert (done.returncode, done.sandbox_denied) == (3, False)
-    done = await environment.run(["sh", "-c", "echo permission denied; exit 3"])
+    done = await environment.run(["sh", "-c", "echo permission denied; exit 3"], check=False)
     assert (done.returncode, done.sandbox_denied) == (3, False)
 
 
@@ -152,7 +152,7 @@ async def test_without_network_not_even_this_machine_is_reached(
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         argv = python(CONNECT.format(port=listener.getsockname()[1]))
-        done = await environment.run(argv, sandbox=profile, cwd=workspace, tty=tty)
+        done = await environment.run(argv, sandbox=profile, cwd=workspace, tty=tty, check=False)
         assert done.returncode == 1
         assert done.sandbox_denied
         with pytest.raises(BlockingIOError):
@@ -185,7 +185,7 @@ async def test_no_descriptor_but_the_streams(environment: Environment, workspace
 
 async def test_input_and_both_outputs(environment: Environment, workspace: Path) -> None:
     done = await environment.run(
-        ["sh", "-c", "cat; echo err >&2; exit 9"], input=b"in", sandbox=WRITE, cwd=workspace
+        ["sh", "-c", "cat; echo err >&2; exit 9"], input=b"in", sandbox=WRITE, cwd=workspace, check=False
     )
     assert (done.stdout, done.stderr, done.returncode) == (b"in", b"err\n", 9)
 
@@ -196,7 +196,7 @@ async def test_death_by_signal_is_told(environment: Environment, workspace: Path
 
 
 async def test_a_missing_program_is_127(environment: Environment, workspace: Path) -> None:
-    done = await environment.run(["no-such-program"], sandbox=WRITE, cwd=workspace)
+    done = await environment.run(["no-such-program"], sandbox=WRITE, cwd=workspace, check=False)
     assert done.returncode == 127
     assert done.stderr is not None
     assert b"No such file or directory" in done.stderr
@@ -365,7 +365,7 @@ async def test_everything_of_an_environment_under_a_sandbox_is(
     environment: Environment, workspace: Path
 ) -> None:
     confined = await environment.sandboxed(WRITE, workspace_roots=[workspace], cwd=workspace)
-    done = await confined.run(["sh", "-c", "pwd; echo x > ../outside"])
+    done = await confined.run(["sh", "-c", "pwd; echo x > ../outside"], check=False)
     assert done.stdout == bytes(workspace) + b"\n"
     assert done.sandbox_denied
     with pytest.raises(NotSupported, match="no network"):
