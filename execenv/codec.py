@@ -18,6 +18,7 @@ from attrs import fields, frozen, has
 from execenv.errors import InvalidParams
 from execenv.paths import PathUri, PathUriError
 from execenv.protocol import U64, Base64, Base64Text, Unit
+from execenv.sandbox.policy import Sandbox, decode_sandbox, encode_sandbox
 
 try:
     import orjson
@@ -580,7 +581,9 @@ def converter() -> Converter:
     conv.register_structure_hook_func(lambda kind: kind is Base64, _structure_base64)
     conv.register_structure_hook_func(lambda kind: kind is Base64Text, _structure_text)
     conv.register_structure_hook_func(lambda kind: kind is PathUri, _structure_path)
+    conv.register_structure_hook(Sandbox, lambda value, _: decode_sandbox(value))
     conv.register_unstructure_hook(PathUri, lambda path: path.uri)
+    conv.register_unstructure_hook(Sandbox, encode_sandbox)
     conv.register_unstructure_hook_func(
         lambda kind: kind is Base64, lambda data: pybase64.b64encode_as_string(data)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
@@ -10,9 +11,13 @@ import trio
 
 from execenv._service import open_nursery, service
 from execenv.abc import EnvironmentBackend
+from execenv.local.bubblewrap import Bubblewraps
+from execenv.local.facts import Plans
 from execenv.local.filesystem import LocalFileSystem
+from execenv.local.helpers import Helpers, open_helpers
 from execenv.local.http import LocalHttpClient, open_http
 from execenv.local.info import local_info
+from execenv.local.launch import Launcher
 from execenv.local.mounts import Mounts
 from execenv.local.output_log import RETAINED_BYTES
 from execenv.local.processes import LocalProcesses
@@ -42,6 +47,10 @@ class Guard:
         self.mounts = mounts
         self.watchdog = watchdog
         self.known: set[int] = set()
+        self.plans = Plans(mounts, os.environ)
+        self.bubblewraps = Bubblewraps(os.environ)
+        self.launcher = Launcher(marks, self.known)
+        self.helpers: Helpers
 
     async def reap_for_ever(self) -> None:
         """Reap short-lived orphans, as init would: else they were zombies until their tree ends."""
@@ -65,7 +74,10 @@ async def open_guard(*, whole_program: bool = False) -> AsyncIterator[Guard]:
             with closing(Mounts()) as mounts:
                 async with open_http() as http:
                     guard = Guard(marks, watchdog, mounts, http)
-                    async with service(guard.reap_for_ever):
+                    async with (
+                        service(guard.reap_for_ever),
+                        open_helpers(guard.launcher, guard.bubblewraps, guard.known) as guard.helpers,
+                    ):
                         yield guard
 
 
@@ -113,7 +125,7 @@ async def open_local(
             processes = LocalProcesses(
                 nursery, guard.marks, guard.watchdog, guard.known, retained_bytes=retained_bytes
             )
-            environment = LocalEnvironment(processes, LocalFileSystem(guard.mounts), guard.http)
+            environment = LocalEnvironment(processes, LocalFileSystem(guard.mounts, guard.plans, guard.helpers), guard.http)
             try:
                 yield environment
             finally:

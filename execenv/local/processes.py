@@ -36,7 +36,6 @@ from execenv.local.tree import (
 from execenv.local.watchdog import Watchdog
 from execenv.paths import ForeignPathError
 from execenv.protocol import ProcessReadResult, ProcessStartParams
-from execenv.sandbox.policy import is_unrestricted
 
 logger = getLogger(__name__)
 
@@ -519,7 +518,7 @@ def refuse_unenforceable(params: ProcessStartParams) -> None:
         InvalidParams: if such an object lacks a member that it must have.
         NotSupported: otherwise.
     """
-    if not is_unrestricted(params.sandbox):
+    if params.sandbox is not None and params.sandbox.profile.kind != "disabled":
         raise NotSupported(
             "this exec-server cannot enforce a sandbox, so the process was not started; "
             "start it without one (sandbox: null) if it may run unconfined"
