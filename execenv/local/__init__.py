@@ -125,7 +125,9 @@ async def open_local(
             processes = LocalProcesses(
                 nursery, guard.marks, guard.watchdog, guard.known, retained_bytes=retained_bytes
             )
-            environment = LocalEnvironment(processes, LocalFileSystem(guard.mounts, guard.plans, guard.helpers), guard.http)
+            environment = LocalEnvironment(
+                processes, LocalFileSystem(guard.mounts, guard.plans, guard.helpers), guard.http
+            )
             try:
                 yield environment
             finally:

@@ -13,8 +13,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
-import trio
-
 from execenv.abc import FileHandle, FileSystem, Watch
 from execenv.errors import InternalError, NotSupported, file_error
 from execenv.local.facts import Plans

@@ -170,7 +170,9 @@ class RemoteFileSystem(FileSystem):
     async def create_directory(
         self, path: PathUri, *, recursive: bool = True, follow_symlinks: bool = True
     ) -> None:
-        params = FsCreateDirectoryParams(path, recursive, self._sandbox, follow_symlinks=_follow(follow_symlinks))
+        params = FsCreateDirectoryParams(
+            path, recursive, self._sandbox, follow_symlinks=_follow(follow_symlinks)
+        )
         await self._call(FS_CREATE_DIRECTORY, params, path)
 
     async def get_metadata(self, path: PathUri, *, follow_symlinks: bool = True) -> FileMetadata:
@@ -181,12 +183,16 @@ class RemoteFileSystem(FileSystem):
         return (await self._call(FS_CANONICALIZE, FsPathParams(path, self._sandbox), path, repeat=True)).path
 
     async def read_directory(self, path: PathUri) -> tuple[DirectoryEntry, ...]:
-        return (await self._call(FS_READ_DIRECTORY, FsPathParams(path, self._sandbox), path, repeat=True)).entries
+        return (
+            await self._call(FS_READ_DIRECTORY, FsPathParams(path, self._sandbox), path, repeat=True)
+        ).entries
 
     async def remove(
         self, path: PathUri, *, recursive: bool = True, force: bool = True, follow_symlinks: bool = True
     ) -> None:
-        params = FsRemoveParams(path, recursive, force, self._sandbox, follow_symlinks=_follow(follow_symlinks))
+        params = FsRemoveParams(
+            path, recursive, force, self._sandbox, follow_symlinks=_follow(follow_symlinks)
+        )
         await self._call(FS_REMOVE, params, path)
 
     async def copy(self, source: PathUri, destination: PathUri, *, recursive: bool) -> None:
@@ -292,7 +298,9 @@ class RemoteFileSystem(FileSystem):
     async def _told(self, error: RpcError, path: PathUri) -> Exception:
         if isinstance(error, InvalidRequest) and error.message.endswith("is not a file"):
             with suppress(RpcError):  # which of the two, the answer doesn't say
-                found = await self._environment.call(FS_GET_METADATA, FsPathParams(path, self._sandbox), repeat=True)
+                found = await self._environment.call(
+                    FS_GET_METADATA, FsPathParams(path, self._sandbox), repeat=True
+                )
                 if found.is_directory:
                     return file_error(errno.EISDIR, path, error.message)
         if _FOREIGN_PATH.search(error.message):

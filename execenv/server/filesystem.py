@@ -14,7 +14,7 @@ import trio
 from execenv import codec
 from execenv._service import Turns
 from execenv.abc import FileHandle, FileSystem
-from execenv.errors import ConnectionLost, InvalidParams, InvalidRequest, NotFound, NotSupported
+from execenv.errors import ConnectionLost, InvalidParams, InvalidRequest, NotFound
 from execenv.paths import PathUri
 from execenv.protocol import (
     FS_CANONICALIZE,
@@ -154,7 +154,9 @@ class FileTable:
                 await file.close()
         return Streamed(self._file_parts(files, params.path, follow))
 
-    async def _file_parts(self, files: FileSystem, path: PathUri, follow: bool) -> AsyncGenerator[bytes, None]:
+    async def _file_parts(
+        self, files: FileSystem, path: PathUri, follow: bool
+    ) -> AsyncGenerator[bytes, None]:
         file = await files.open(path, follow_symlinks=follow)
         try:
             head, offset = b'{"dataBase64":"', 0
