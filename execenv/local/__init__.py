@@ -48,7 +48,7 @@ class Guard:
         self.watchdog = watchdog
         self.known: set[int] = set()
         self.plans = Plans(mounts, os.environ)
-        self.bubblewraps = Bubblewraps(os.environ)
+        self.bubblewraps = Bubblewraps(os.environ, self.known)
         self.launcher = Launcher(marks, self.known)
         self.helpers: Helpers
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
 from typing import Any
 
 from execenv.abc import FileHandle, FileSystem, Watch
@@ -141,12 +141,10 @@ class ConfinedFileSystem(FileSystem):
             raise undecodable("there is no descriptor")
         return self._handle(reply, path)
 
-    @asynccontextmanager
-    async def watch_missing(
+    def watch_missing(
         self, missing: tuple[PathUri, ...], present: PathUri | None = None
-    ) -> AsyncIterator[Watch | None]:
+    ) -> AbstractAsyncContextManager[Watch | None]:
         raise NotSupported("nothing can be watched under a sandbox")
-        yield None  # pragma: no cover - makes it a generator
 
     async def rename(self, source: PathUri, destination: PathUri, *, sync: bool = False) -> None:
         await self._call("rename", source, to=_text(destination), sync=sync)

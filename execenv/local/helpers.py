@@ -24,7 +24,7 @@ from logging import getLogger
 from typing import Any
 
 import trio
-from attrs import define, field
+from attrs import define, evolve, field
 
 from execenv._service import open_nursery
 from execenv.errors import InternalError, os_error_text
@@ -32,7 +32,7 @@ from execenv.local.bubblewrap import Bubblewraps
 from execenv.local.file_helper import FRAME, path_to_text
 from execenv.local.launch import Launched, Launcher
 from execenv.local.tree import signal_tree
-from execenv.sandbox.plan import Link, MountPlan
+from execenv.sandbox.plan import Link, Mask, MountPlan
 from execenv.sandbox.seccomp import compile_filter
 
 logger = getLogger(__name__)
@@ -154,12 +154,18 @@ def open_bundle() -> int:
     return fd
 
 
+def mounted_for_files(plan: MountPlan) -> MountPlan:
+    """The same without what would leave mount points behind on the host, which a helper refuses by name."""
+    operations = (one for one in plan.operations if not (isinstance(one, Mask) and one.missing))
+    return evolve(plan, operations=tuple(operations))
+
+
 def setup_of(plan: MountPlan) -> dict[str, Any]:
     """What the helper of a plan is told at its start."""
     roots = plan.writable_roots
     inside = {
         os.path.dirname(operation.path)
-        for operation in plan.operations
+        for operation in mounted_for_files(plan).operations
         if not isinstance(operation, Link) and operation.path != b"/"
     }
     pinned = set()
@@ -230,7 +236,7 @@ class Helper:
         await self._receive(None)
 
     async def _send(self, header: dict[str, Any], body: bytes) -> None:
-        encoded = json.dumps(header).encode()
+        encoded = marshal.dumps(header)
         message = FRAME.pack(len(encoded), len(body)) + encoded
         sent = False
         try:
@@ -489,7 +495,7 @@ class Helpers:
             with trio.fail_after(START_PATIENCE):
                 launched = await self._launcher.launch(
                     bubblewrap,
-                    plan,
+                    mounted_for_files(plan),
                     [interpreter(), "-I", "-S", "-c", boot],
                     env=helper_environment(self._ours),
                     cwd=b"/",
