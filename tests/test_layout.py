@@ -35,6 +35,7 @@ PUBLIC = """
     PathUri
     Process
     DirectoryEntry EnvPolicy EnvironmentInfo FileMetadata WalkEntry WalkError WalkResult
+    Entry GlobRule PathRule SandboxProfile SpecialRule
     Status StatusChange fail_fast
     CommandTarget LocalTarget WebsocketTarget
     Progress TransferReport
@@ -70,6 +71,7 @@ LAYERS = (
         "_first_stage",
         "_locations",
         "_run_command",
+        "_sandboxed",
         "_standard_streams",
         "cli",
         "environment",

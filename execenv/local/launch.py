@@ -44,7 +44,7 @@ _RESOLVE_IN_ROOT = 0x10
 
 @define(eq=False)
 class Launched:
-    """A program under bubblewrap. Whoever holds this reaps `pid`, and calls `close` when that is done.
+    """A program under bubblewrap. Whoever holds this reaps `pid`, then calls `close` and closes `pidfd`.
 
     Attributes:
         pid: of the outer bubblewrap, a child of ours that leads a session of its own. SIGKILL to it ends
@@ -56,7 +56,7 @@ class Launched:
     pid: int
     child_pid: int
     root: Root
-    pidfd: int | None
+    pidfd: int
     _child: subprocess.Popen[bytes]
     _status_fd: int
     _status: bytes
@@ -100,8 +100,6 @@ class Launched:
 
     def close(self) -> None:
         os.close(self._status_fd)
-        if self.pidfd is not None:
-            os.close(self.pidfd)
 
 
 class Launcher:

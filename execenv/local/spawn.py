@@ -24,6 +24,7 @@ from attrs import define
 from execenv.errors import InternalError, NotSupported, os_error_text
 
 TTY_ROWS, TTY_COLUMNS = 24, 80  # protocol.md §11
+_WORDS = 4096
 
 
 @define(eq=False)
@@ -34,8 +35,12 @@ class Spawned:
         outputs: name and descriptor of each stream that is read until its end.
         stdin_fd: where stdin is written to; `None` when the child's stdin is /dev/null. For a terminal
             it is a second descriptor of the output.
-        pidfd: readable when the child has ended; `None` where there is no such thing, or no descriptor left.
         poll: reaps the child if it has ended; its exit code (128 + n for signal n), else `None`.
+        pidfd: readable when the child has ended; `None` where there is no such thing, or no descriptor left.
+        confined: a sandbox restricts it.
+        signal: sends a signal to the process group of the program, and is false while there is none yet;
+            `None`: that is the group of the child itself.
+        ended: called when the child has been reaped and its output has ended.
     """
 
     pid: int
@@ -44,6 +49,9 @@ class Spawned:
     tty: bool
     poll: Callable[[], int | None]
     pidfd: int | None
+    confined: bool = False
+    signal: Callable[[int], bool] | None = None
+    ended: Callable[[], None] = lambda: None
 
 
 def spawn(
@@ -90,6 +98,7 @@ def abandon(spawned: Spawned) -> None:
     with suppress(OSError):
         os.killpg(spawned.pid, signal.SIGKILL)
     os.waitpid(spawned.pid, 0)
+    spawned.ended()
     fds = [fd for _, fd in spawned.outputs]
     close_all([*fds, *(fd for fd in (spawned.stdin_fd, spawned.pidfd) if fd is not None)])
 
@@ -106,6 +115,12 @@ class Streams:
     outputs: tuple[tuple[str, int], ...]
     stdin_fd: int | None
     theirs: tuple[int, int, int]
+
+    def read_words(self) -> bytes:
+        """What somebody said on stderr just now, before the program was there."""
+        with suppress(OSError):
+            return os.read(self.outputs[-1][1], _WORDS)
+        return b""
 
     def close_ours(self) -> None:
         close_all([*(fd for _, fd in self.outputs), *(() if self.stdin_fd is None else (self.stdin_fd,))])
