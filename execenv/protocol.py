@@ -300,7 +300,7 @@ class ProcessClosedParams:
 @frozen
 class FsReadFileParams:
     path: PathUri
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
     follow_symlinks: bool | None = None
 
 
@@ -315,7 +315,7 @@ class FsWriteFileParams:
 
     path: PathUri
     data_base64: Base64Text
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
     follow_symlinks: bool | None = None
 
 
@@ -323,7 +323,7 @@ class FsWriteFileParams:
 class FsCreateDirectoryParams:
     path: PathUri
     recursive: bool | None = None
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
     follow_symlinks: bool | None = None
 
 
@@ -332,7 +332,7 @@ class FsPathParams:
     """The parameters of getMetadata, canonicalize and readDirectory."""
 
     path: PathUri
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
     follow_symlinks: bool | None = None
 
 
@@ -381,7 +381,7 @@ class FsRemoveParams:
     path: PathUri
     recursive: bool | None = None
     force: bool | None = None
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
     follow_symlinks: bool | None = None
 
 
@@ -390,7 +390,7 @@ class FsCopyParams:
     source_path: PathUri
     destination_path: PathUri
     recursive: bool
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
 
 
 @frozen
@@ -424,7 +424,7 @@ ONE_DIRECTORY = WalkOptions(U64(0), U64(1), LARGEST_WALK.max_entries, follow_dir
 class FsWalkParams:
     path: PathUri
     options: WalkOptions
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
 
 
 @frozen
@@ -458,7 +458,7 @@ class FsOpenParams:
 
     handle_id: str
     path: PathUri
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
     mode: WireOpenMode = "read"
     keep: bool = field(default=False, metadata=extension)
 
@@ -523,7 +523,7 @@ class FsRenameParams:
 
     source_path: PathUri
     destination_path: PathUri
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
     sync: bool = field(default=False, metadata=extension)
 
 
@@ -534,7 +534,7 @@ class FsSetMetadataParams:
     path: PathUri
     mode: U64 | None = None
     modified_at_ms: int | None = None
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
 
 
 # HTTP (§7).

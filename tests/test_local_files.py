@@ -542,7 +542,7 @@ async def test_all_is_right_without_openat2_and_statx(
 async def test_all_is_right_when_no_name_is_in_the_cache(
     local: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, refused = mounts._openat2, []
+    real, refused = mounts.openat2, []
 
     def openat2(dir_fd: int, path: bytes, flags: int, resolve: int, mode: int = 0) -> int | None:
         if resolve == mounts._RESOLVE_CACHED and not flags & os.O_DIRECTORY:
@@ -550,7 +550,7 @@ async def test_all_is_right_when_no_name_is_in_the_cache(
             return None
         return real(dir_fd, path, flags, resolve, mode)
 
-    monkeypatch.setattr(mounts, "_openat2", openat2)
+    monkeypatch.setattr(mounts, "openat2", openat2)
     for contract in contracts():
         await contract(local)
     assert refused

@@ -16,6 +16,7 @@ from execenv.local.bubblewrap import Bubblewraps
 from execenv.local.confinement import Confinement
 from execenv.local.facts import Plans
 from execenv.local.filesystem import LocalFileSystem
+from execenv.local.helpers import Helpers, open_helpers
 from execenv.local.http import LocalHttpClient, open_http
 from execenv.local.info import local_info
 from execenv.local.launch import Launcher
@@ -57,6 +58,8 @@ class Guard:
             MountPoints(),
         )
 
+        self.helpers: Helpers
+
     def close(self) -> None:
         """Let go of descriptors."""
         self.confinement.bubblewraps.close()
@@ -83,7 +86,11 @@ async def open_guard(*, whole_program: bool = False) -> AsyncIterator[Guard]:
             with closing(Mounts()) as mounts:
                 async with open_http() as http:
                     with closing(Guard(marks, watchdog, mounts, http)) as guard:
-                        async with service(guard.reap_for_ever):
+                        made = guard.confinement
+                        async with (
+                            service(guard.reap_for_ever),
+                            open_helpers(made.launcher, made.bubblewraps, guard.known) as guard.helpers,
+                        ):
                             yield guard
 
 
@@ -148,7 +155,10 @@ async def open_local(
                 retained_bytes=retained_bytes,
             )
             environment = LocalEnvironment(
-                processes, LocalFileSystem(guard.mounts), guard.http, guard.confinement
+                processes,
+                LocalFileSystem(guard.mounts, guard.confinement.plans, guard.helpers),
+                guard.http,
+                guard.confinement,
             )
             try:
                 yield environment

@@ -199,6 +199,23 @@ def write_file(turn: Turn, path: bytes, data: bytes, *, follow: bool) -> int | N
     return None
 
 
+def write_file_waiting(turn: Turn, path: bytes, data: bytes, *, follow: bool) -> None:
+    """The same with nobody else to wait: for a fifo's reader, and until a device has taken it all."""
+    try:
+        fd = write_file(turn, path, data, follow=follow)
+    except OSError as error:
+        if error.errno != errno.ENXIO or not is_fifo(turn, path):
+            raise
+        fd = _open(path, _WRITTEN & ~os.O_NONBLOCK, follow=follow)
+    if fd is None:
+        return
+    try:
+        os.set_blocking(fd, True)
+        overwrite(turn, fd, data)
+    finally:
+        os.close(fd)
+
+
 def is_fifo(turn: Turn, path: bytes) -> bool:
     return stat.S_ISFIFO(stat_path(path).mode)
 
@@ -507,6 +524,13 @@ def copy(turn: Turn, source: bytes, destination: bytes, *, recursive: bool) -> i
     return None
 
 
+def copy_waiting(turn: Turn, source: bytes, destination: bytes, *, recursive: bool) -> None:
+    """The same with nobody else to wait for a fifo or a device."""
+    special = copy(turn, source, destination, recursive=recursive)
+    if special is not None:
+        _copy_to_special(turn, source, special)
+
+
 def _copy_tree(turn: Turn, source: bytes, destination: bytes) -> None:
     real = os.path.realpath(source)
     target = os.path.realpath(destination)  # of what exists of it; links are followed as mkdir will
@@ -534,7 +558,7 @@ def _copy_tree(turn: Turn, source: bytes, destination: bytes) -> None:
 
 def _copy_file(turn: Turn, source: bytes, destination: bytes) -> int | None:
     """`None` when it is done; a descriptor of the destination, if that is a fifo or a device."""
-    reader = os.open(source, _LOOKED)
+    reader = names.open(source, _LOOKED)
     try:
         found = os.fstat(reader)
         mode = stat.S_IMODE(found.st_mode)

@@ -13,7 +13,7 @@ import stat
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
-from typing import Concatenate, ParamSpec, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypedDict, TypeVar
 
 import trio
 
@@ -35,6 +35,12 @@ from execenv.protocol import (
     WalkOptions,
     WalkResult,
 )
+from execenv.sandbox.plan import execution
+from execenv.sandbox.policy import Sandbox
+
+if TYPE_CHECKING:
+    from execenv.local.facts import Plans
+    from execenv.local.helpers import Helpers
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -58,8 +64,25 @@ _WRITE = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
 
 
 class LocalFileSystem(FileSystem):
-    def __init__(self, mounts: Mounts) -> None:
+    """Files without limits, and the way to those under a sandbox.
+
+    Args:
+        plans, helpers: for sandboxes; `None` where there can be none.
+    """
+
+    def __init__(self, mounts: Mounts, plans: Plans | None = None, helpers: Helpers | None = None) -> None:
         self._mounts = mounts
+        self._plans = plans
+        self._helpers = helpers
+
+    def confined(self, sandbox: Sandbox) -> FileSystem:
+        from execenv.local.confined import ConfinedFileSystem
+
+        if execution(sandbox) == "direct":
+            return self
+        if self._plans is None or self._helpers is None:
+            return super().confined(sandbox)
+        return ConfinedFileSystem(self, sandbox, self._mounts, self._plans, self._helpers)
 
     async def read_file(self, path: PathUri, *, follow_symlinks: bool = True) -> bytes:
         data = self.read_file_nowait(path) if follow_symlinks else None
@@ -67,6 +90,10 @@ class LocalFileSystem(FileSystem):
             return await self._run(disk.read_file, path, follow=follow_symlinks)
         await trio.lowlevel.checkpoint()
         return data
+
+    async def read_small(self, path: PathUri, *, follow_symlinks: bool = True) -> bytes | None:
+        await trio.lowlevel.checkpoint()
+        return self.read_file_nowait(path) if follow_symlinks else None
 
     async def write_file(self, path: PathUri, data: bytes, *, follow_symlinks: bool = True) -> None:
         if follow_symlinks and self.write_file_nowait(path, data):
