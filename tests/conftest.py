@@ -120,7 +120,7 @@ async def open_kind(kind: str, websocket_url: str) -> AsyncIterator[Environment]
             yield environment
         return
     if kind == "sandboxed":
-        profile = SandboxProfile.managed({":root": "read", ":slash_tmp": "write"}, network="enabled")
+        profile = SandboxProfile.workspace_write([tempfile.gettempdir()], network="enabled", temporary=False)
         async with open_environment("local") as environment:
             yield await environment.sandboxed(profile)
         return
