@@ -5,7 +5,7 @@ program: what that has in LD_PRELOAD must not be loaded before the filter is in 
 is imported.
 """
 
-import _signal  # signal itself makes enums first, which takes as long as all the rest
+import _signal  # type: ignore[import-not-found]  # signal itself makes enums first, which takes as long
 import ctypes
 import errno
 import marshal
@@ -41,7 +41,7 @@ def _execute(argv: list[bytes], arg0: bytes | None, env: dict[bytes, bytes]) -> 
     else:
         path = env.get(b"PATH", os.fsencode(os.defpath))
         candidates = [os.path.join(directory or b".", name) for directory in path.split(b":")]
-    reason = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    reason: OSError = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     for candidate in candidates:
         try:
             os.execve(candidate, argv, env)  # noqa: S606
