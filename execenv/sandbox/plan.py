@@ -20,7 +20,6 @@ of what a view always has of them is refused.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from posixpath import dirname
 from typing import Literal, Protocol
 
 from attrs import define, field, frozen
@@ -217,52 +216,60 @@ def arguments(plan: MountPlan, data_fds: Iterable[int], *, prefix: bytes = b"") 
     """The mount options of bubblewrap (sandbox.md §5, MOUNTS), without namespaces, `--proc` and the command.
 
     A view that does not begin with the whole host has a directory `/proc` for the `--proc` that follows, and
-    its root ends read-only: nothing else can be mounted at a new place behind these.
+    its root ends read-only: nothing else can be mounted at a new place behind these. Directories above what
+    is bound there are made first, because those that bubblewrap makes by itself are for their owner only.
 
     Args:
         data_fds: descriptors of empty files, one for each mask that needs one (`count_data_fds`).
         prefix: where in the new root the view is to be, without a slash at its end; nothing for the root
             itself.
     """
-    fds = iter(data_fds)
-    operations = plan.operations
-    root = prefix or b"/"
-    base = [b"--tmpfs", root]
-    if plan.whole:
-        base = [b"--ro-bind", b"/", root]
-        if operations and isinstance(operations[0], Bind) and operations[0].path == b"/":
-            base, operations = [b"--bind", b"/", root], operations[1:]
+    fds = (b"%d" % fd for fd in data_fds)
+    operations, root = plan.operations, prefix or b"/"
+    base = [b"--ro-bind", b"/", root] if plan.whole else [b"--tmpfs", root]
+    if plan.whole and operations and operations[0].path == b"/":
+        base, operations = [b"--bind", b"/", root], operations[1:]
     options = [*base, b"--dev", prefix + _DEV]
+    shown = [b"/"] if plan.whole else []
     for op in operations:
-        at = prefix + op.path
-        if isinstance(op, Bind):
-            options += (b"--bind" if op.writable else b"--ro-bind", op.path, at)
-        elif isinstance(op, Link):
-            options += (b"--symlink", op.target, at)
-        elif op.kind == "denied file":
-            options += (b"--perms", b"000", b"--ro-bind-data", b"%d" % next(fds), at)
+        if isinstance(op, Mask):
+            options += _mask_options(op, fds, prefix)
+            continue
+        above = _parent(op.path)
+        if above != b"/" and not any(is_within(above, path) for path in shown):
+            options += (b"--dir", prefix + above)
+            shown.append(above)
+        if isinstance(op, Link):
+            options += (b"--symlink", op.target, prefix + op.path)
         else:
-            options += (b"--perms", _mode(op), b"--tmpfs", at)
-            for path in op.reopened:
-                options += (b"--dir", prefix + path)
-            for path in op.reopened_files:
-                options += (b"--perms", b"444", b"--file", b"%d" % next(fds), prefix + path)
-            options += (b"--remount-ro", at)
+            options += (b"--bind" if op.writable else b"--ro-bind", op.path, prefix + op.path)
+            shown.append(op.path)
     if not plan.whole:
         options += (b"--dir", prefix + _PROC, b"--remount-ro", root)
     return options
+
+
+def _mask_options(mask: Mask, fds: Iterator[bytes], prefix: bytes) -> Iterator[bytes]:
+    at = prefix + mask.path
+    if mask.kind == "denied file":
+        yield from (b"--perms", b"000", b"--ro-bind-data", next(fds), at)
+        return
+    reopened = mask.reopened or mask.reopened_files
+    mode = b"555" if mask.kind == "empty directory" else b"111" if reopened else b"000"
+    yield from (b"--perms", mode, b"--tmpfs", at)
+    for path in mask.reopened:
+        yield from (b"--dir", prefix + path)
+    for path in mask.reopened_files:
+        if _parent(path) != mask.path:
+            yield from (b"--dir", prefix + _parent(path))
+        yield from (b"--perms", b"444", b"--file", next(fds), prefix + path)
+    yield from (b"--remount-ro", at)
 
 
 def count_data_fds(plan: MountPlan) -> int:
     """How many descriptors `arguments` takes."""
     masks = [op for op in plan.operations if isinstance(op, Mask)]
     return sum((op.kind == "denied file") + len(op.reopened_files) for op in masks)
-
-
-def _mode(mask: Mask) -> bytes:
-    if mask.kind == "empty directory":
-        return b"555"
-    return b"111" if mask.reopened or mask.reopened_files else b"000"
 
 
 # What the entries say, before anything is looked at.
@@ -386,6 +393,10 @@ def _shown(path: bytes) -> str:
     return path.decode("utf-8", "replace")
 
 
+def _parent(path: bytes) -> bytes:
+    return path[: path.rfind(b"/")] or b"/"
+
+
 def _join(directory: bytes, name: bytes) -> bytes:
     return directory + name if directory == b"/" else directory + b"/" + name
 
@@ -458,7 +469,7 @@ class _Planner:
         while pending:
             name = pending.pop()
             if name == b"..":
-                real = dirname(real)
+                real = _parent(real)
                 continue
             here = _join(real, name)
             fact = None if missing else self.look(here)
@@ -480,7 +491,7 @@ class _Planner:
         while path not in self.rules:
             if path == b"/":
                 return None
-            path = dirname(path)
+            path = _parent(path)
         return self.rules[path]
 
     def put(self, path: bytes, access: _Rule) -> None:
@@ -523,7 +534,7 @@ class _Planner:
         for path, rule in self.rules.items():
             while rule in _VISIBLE and path not in opened:
                 opened.add(path)
-                path = dirname(path)
+                path = _parent(path)
         left = MAX_NAMES
         for start, searches in together.items():
             if not self.is_worth_a_look(start, opened):
@@ -582,7 +593,7 @@ class _Planner:
     def cover(self, missing: list[tuple[bytes, Access]]) -> None:
         """Rules for what must not come into being where the sandboxed could make it."""
         for path, access in missing:
-            parent = dirname(path)
+            parent = _parent(path)
             if path in self.covered:
                 self.put(path, access)
             elif self.access(parent) == "write":
@@ -646,7 +657,7 @@ class _Planner:
     def above(self, path: bytes) -> bytes | None:
         """The nearest place above a path that has a rule."""
         while path != b"/":
-            path = dirname(path)
+            path = _parent(path)
             if path in self.rules:
                 return path
         return None
@@ -665,7 +676,7 @@ class _Planner:
         return Bind(path, rule == "write", device, inode)
 
     def forbidden(self, path: bytes) -> Forbidden:
-        parent = self.look(dirname(path))
+        parent = self.look(_parent(path))
         device, inode = (parent.device, parent.inode) if parent else (0, 0)
         return Forbidden(device, inode, _names(path)[-1], self.rules[path] == "deny")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args, overload
 
 from attrs import evolve, frozen
 
@@ -132,10 +132,32 @@ class SandboxProfile:
             rules += [SpecialRule("slash_tmp"), SpecialRule("tmpdir")]
         return cls("managed", _network(network), (_ROOT_READ, *(Entry(rule, "write") for rule in rules)))
 
+    @overload
+    @classmethod
+    def managed(
+        cls, entries: Mapping[str, Access], *, network: Network = ..., glob_scan_max_depth: int | None = ...
+    ) -> SandboxProfile: ...
+
+    @overload
+    @classmethod
+    def managed(
+        cls, entries: Mapping[Place, Access], *, network: Network = ..., glob_scan_max_depth: int | None = ...
+    ) -> SandboxProfile: ...
+
+    @overload
     @classmethod
     def managed(
         cls,
-        entries: Mapping[Place, Access] | Iterable[tuple[Place, Access] | Entry],
+        entries: Iterable[tuple[Place, Access] | Entry],
+        *,
+        network: Network = ...,
+        glob_scan_max_depth: int | None = ...,
+    ) -> SandboxProfile: ...
+
+    @classmethod
+    def managed(
+        cls,
+        entries: Mapping[str, Access] | Mapping[Place, Access] | Iterable[tuple[Place, Access] | Entry],
         *,
         network: Network = "restricted",
         glob_scan_max_depth: int | None = None,
@@ -164,7 +186,7 @@ class SandboxProfile:
             UsageError: an entry means nothing: a relative path, an unknown word, a pattern that is wrong or
                 has another access than `deny`, a depth below 1.
         """
-        pairs = entries.items() if isinstance(entries, Mapping) else entries
+        pairs: Iterable[Any] = entries.items() if isinstance(entries, Mapping) else entries
         if glob_scan_max_depth is not None and (
             type(glob_scan_max_depth) is not int or glob_scan_max_depth < 1
         ):

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import socket
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -333,14 +334,15 @@ async def test_files_under_a_sandbox(environment: Environment, workspace: Path) 
     assert await confined.files.read_file("../outside") == b"secret\n"
     await confined.files.write_file("made", b"x")
     assert (workspace / "made").read_bytes() == b"x"
-    for change in (
+    changes: list[Callable[[], Awaitable[None]]] = [
         lambda: confined.files.write_file("../outside", b"x"),
         lambda: confined.files.write_file(".git/config", b"x"),
         lambda: confined.files.create_directory(".git/hooks"),
         lambda: confined.files.remove("../outside"),
         lambda: confined.files.rename("made", ".git"),
         lambda: confined.files.copy("made", "../copied"),
-    ):
+    ]
+    for change in changes:
         with pytest.raises(OSError) as caught:
             await change()
         assert caught.value.errno in (errno.EROFS, errno.EXDEV)
