@@ -212,6 +212,8 @@ class Helper:
     @property
     def ended(self) -> bool:
         """Whether it is of no more use, as far as one can see."""
+        if self.launched.poll() is not None:
+            return True
         try:
             self.channel.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
@@ -326,7 +328,10 @@ class Helper:
             self.channel.close()
             os.close(self.stderr)
             try:
-                receipt = await signal_tree(self.launched.root, known).finish(KILL_PATIENCE)
+                root = self.launched.root
+                if self.launched.poll() is not None:
+                    root = root.reaped()
+                receipt = await signal_tree(root, known).finish(KILL_PATIENCE)
                 for survivor in receipt.survivors:
                     logger.warning("pid %d could not be ended: %s", survivor.pid, survivor.reason)
             except OSError as error:
@@ -338,6 +343,7 @@ class Helper:
                     await trio.sleep(0.002)
             known.discard(self.launched.pid)
             self.launched.close()
+            os.close(self.launched.pidfd)
 
 
 def read_tail(fd: int, before: bytes = b"") -> bytes:
