@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from attrs import define
+from attrs import define, evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -406,6 +406,19 @@ def test_file_in_the_place_of_a_directory_is_held_instead() -> None:
     plan = plan_of({"/srv/w": "write", "/srv/w/a.txt/x": "deny"})
     inode = FakeFacts(HOST).paths.index(b"/srv/w/a.txt")
     assert Bind(b"/srv/w/a.txt", True, 1, inode) in plan.operations
+
+
+def test_directory_in_which_nothing_can_be_made_is_held_instead() -> None:
+    class Sealed(FakeFacts):
+        def look(self, path: bytes) -> Fact | None:
+            fact = super().look(path)
+            return evolve(fact, sealed=True) if fact and path in {b"/", b"/srv/w/sub"} else fact
+
+    facts = Sealed({**HOST, "/srv/w/.codex": None})
+    listed: Listed = {":root": "write", "/srv/w": "write", "/srv/w/sub/none": "deny"}
+    plan = make_plan(managed(listed), facts)
+    assert plan.forbidden == ()
+    assert set(plan.writable_roots) == {b"/", b"/dev/shm", b"/srv", W, b"/srv/w/sub"}
 
 
 def test_file_as_a_writable_root_has_no_protected_names() -> None:

@@ -52,12 +52,20 @@ MAX_LINKS = 40
 
 @frozen
 class Fact:
-    """What is at a path, not following a link there. `target`: of a symlink, as it is written."""
+    """What is at a path, not following a link there.
+
+    Attributes:
+        target: of a symlink, as it is written.
+        sealed: a directory in which the user whose programs are sandboxed can make nothing, and which is not
+            theirs, so that they cannot change that. There is nothing to cover in it then, and bubblewrap
+            could not.
+    """
 
     kind: FactKind
     device: int
     inode: int
     target: bytes | None = None
+    sealed: bool = False
 
 
 class Facts(Protocol):
@@ -597,12 +605,13 @@ class _Planner:
             if path in self.covered:
                 self.put(path, access)
             elif self.access(parent) == "write":
-                if self.kind(parent) == "directory":
+                fact = self.look(parent)
+                if fact is not None and fact.kind == "directory" and not fact.sealed:
                     self.rules[path] = access
                     self.covered.add(path)
                     self.explicit.add(path)
                 else:
-                    # Nothing can be below it while it is there, so it must stay what it is.
+                    # Nothing can be made in it while it is there, so it must stay what it is.
                     self.rules.setdefault(parent, "write")
                     self.explicit.add(parent)
 
