@@ -544,6 +544,7 @@ def test_match_that_is_a_root_is_denied() -> None:
 def test_only_what_can_be_seen_is_searched() -> None:
     facts = FakeFacts({**HOST, "/srv/w/sub/deep/more/x": ""})
     listed: Listed = {"/srv/w": "read", "/srv/w/sub/deep": "deny", GlobRule("/**/*.env"): "deny"}
+    listed[GlobRule("/usr/**/*.env")] = "deny"
     make_plan(managed(listed), facts)
     below = {W + name for name in (b"", b"/.agents", b"/.aws", b"/.git", b"/sub")}
     assert set(facts.asked) == {b"/", b"/srv"} | below

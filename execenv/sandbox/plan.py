@@ -575,7 +575,7 @@ class _Planner:
             if place.missing is not None or place.path in opened:
                 return  # whoever makes a link must not take away what the policy is about
             path = place.path
-        if self.access(path) != "own" and self.look(path) is not None:
+        if self.look(path) is not None:
             self.put(path, "deny")
 
     def protect(self, lifted: set[bytes]) -> list[tuple[bytes, Access]]:
@@ -619,13 +619,17 @@ class _Planner:
         """Bind what is between a writable root and an explicit path onto itself."""
         held: set[bytes] = set()
         for path in self.explicit:
-            above, access = b"/", self.rules.get(b"/")
-            for name in _names(path)[1:-1]:
-                above = _join(above, name)
-                if above in self.rules:
-                    access = self.rules[above]
-                elif access == "write":
-                    held.add(above)
+            between: list[bytes] = []
+            while path != b"/":
+                path = _parent(path)
+                if path not in self.rules:
+                    between.append(path)
+                    continue
+                if self.rules[path] == "write":
+                    held.update(between)
+                if path in self.explicit:
+                    break  # what is above that is found from there
+                between = []
         self.rules.update(dict.fromkeys(held, "write"))
 
     # Saying.
@@ -642,8 +646,15 @@ class _Planner:
         shut: list[bytes] = []
         mask_over: dict[bytes, bytes] = {}
         reopened: dict[bytes, list[bytes]] = {}
-        for path in sorted((path for path, rule in self.rules.items() if rule != "own"), key=_names):
-            rule, above = self.rules[path], self.above(path)
+        trail: list[bytes] = []  # the rules that the current one is below, and itself
+        for path in sorted(self.rules, key=_names):
+            rule = self.rules[path]
+            while trail and not is_within(path, trail[-1]):
+                trail.pop()
+            above = trail[-1] if trail else None
+            trail.append(path)
+            if rule == "own":
+                continue
             inherited = None if above is None else self.rules[above]
             mask = None if above is None else mask_over.get(above)
             if rule == "deny" and inherited in _VISIBLE:
@@ -662,14 +673,6 @@ class _Planner:
         for path in (*shown, *shut):
             if path != b"/" or self.rules[path] == "write":
                 yield self.operation(path, reopened.get(path, ()))
-
-    def above(self, path: bytes) -> bytes | None:
-        """The nearest place above a path that has a rule."""
-        while path != b"/":
-            path = _parent(path)
-            if path in self.rules:
-                return path
-        return None
 
     def operation(self, path: bytes, reopened: Iterable[bytes]) -> Operation:
         rule, fact = self.rules[path], self.look(path)
