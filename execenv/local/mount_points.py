@@ -123,7 +123,8 @@ class Claim:
                         entry.inode = (found.st_dev, found.st_ino)
         started = None if pid is None else _started(pid)
         line = {"created": [entry.inode for entry in self._entries], "pid": pid, "started": started}
-        _append(self._fd, line)
+        with suppress(OSError):  # no room: then a path is taken for ours by its name and its parent
+            _append(self._fd, line)
 
     def release(self) -> None:
         """Remove what came into being by this claim, is empty, and is in no other live claim.
@@ -165,7 +166,7 @@ class MountPoints:
                 file. Missing directories above them are claimed too.
 
         Raises:
-            OSError: there is no directory for claims that is this user's alone.
+            OSError: there is no directory for claims that is this user's alone, or no room in it.
         """
         wanted = list(paths)
         if not wanted:
