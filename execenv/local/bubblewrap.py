@@ -261,7 +261,12 @@ class Bubblewraps:
             version = re.match(r"bubblewrap (\d\S*)", said.text)
             if said.status or version is None:
                 return Finding(path, problem=f"{name} is no bubblewrap{said.words}")
-            options = set(re.findall(r"--[a-z0-9-]+", (await self._run((path, b"--help"))).text))
+            said = await self._run((path, b"--help"))
+            if said.status:
+                return Finding(
+                    path, version[1], problem=f"bubblewrap {version[1]} ({name}) does not start{said.words}"
+                )
+            options = set(re.findall(r"--[a-z0-9-]+", said.text))
             found = Finding(path, version[1], "--argv0" in options)
             if missing := NEEDED - options:
                 return Finding(
