@@ -434,6 +434,7 @@ def test_directory_is_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         monkeypatch.setenv("XDG_RUNTIME_DIR", other)
         assert registry_directory() in (
             f"/run/user/{os.geteuid()}/execenv",
+            f"/dev/shm/execenv-{os.geteuid()}",
             f"/tmp/execenv-{os.geteuid()}",
         )
 

@@ -44,8 +44,10 @@ def registry_directory() -> str:
             # Root that came by sudo has the variable of somebody else.
             if os.path.isabs(base) and os.stat(base).st_uid == os.geteuid():
                 return os.path.join(base, "execenv")
-    # not TMPDIR: all programs of the user must find the same
-    return f"/tmp/execenv-{os.geteuid()}"  # noqa: S108 - looked at closely before it is used
+    # Not TMPDIR: all programs of the user must find the same. Rather /dev/shm than /tmp, which sandboxes are
+    # often given to write, while they have a /dev of their own.
+    base = next((base for base in ("/dev/shm", "/tmp") if os.access(base, os.W_OK)), "/tmp")  # noqa: S108
+    return f"{base}/execenv-{os.geteuid()}"
 
 
 class _Entry:
