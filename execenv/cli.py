@@ -1,4 +1,4 @@
-"""The command line: `execenv serve`, `run`, `cp`, `ls`, `cat`, `info`, `http` and `env`.
+"""The command line: `execenv serve`, `run`, `cp`, `ls`, `cat`, `info`, `http`, `doctor` and `env`.
 
 Imports nothing that takes long: `serve` prints its URL before Trio is imported, and clients that connect
 meanwhile wait in the kernel's queue.
@@ -637,6 +637,20 @@ def http(
         as_json=as_json,
     )
     _exit_with(debug, _data_commands.run_http, job)
+
+
+@cli.command()
+@_json_option
+@_debug_option
+def doctor(as_json: bool, debug: bool) -> None:
+    """Show what this machine can enforce of a sandbox, and what to do where it cannot.
+
+    It is tried, as the user who asks. The exit status is 0 if processes and files can be confined and the
+    network can be taken away, and 1 if one of these cannot be.
+    """
+    from execenv import _doctor_command
+
+    _exit_with(debug, _doctor_command.run_doctor, as_json)
 
 
 @cli.group("env", epilog=EPILOG_ENV)

@@ -51,13 +51,13 @@ class Guard:
         self.mounts = mounts
         self.watchdog = watchdog
         self.known: set[int] = set()
+        mount_points = MountPoints()
         self.confinement = Confinement(
-            Plans(mounts, os.environ),
+            Plans(mounts, os.environ, mount_points.prepare),
             Bubblewraps(os.environ, self.known),
             Launcher(marks, self.known),
-            MountPoints(),
+            mount_points,
         )
-
         self.helpers: Helpers
 
     def close(self) -> None:

@@ -56,11 +56,16 @@ def _execute(argv: list[bytes], arg0: bytes | None, env: dict[bytes, bytes]) -> 
 
 def _main(fd: int) -> int:
     with open(fd, "rb") as file:
-        argv, arg0, env, program = marshal.loads(file.read())  # noqa: S302 - written by who started us
+        argv, arg0, env, program, tty = marshal.loads(file.read())  # noqa: S302 - written by who started us
     # Python ignores these for itself, and what is ignored stays so over exec.
     for signum in (_signal.SIGPIPE, _signal.SIGXFSZ):
         _signal.signal(signum, _signal.SIG_DFL)
     try:
+        if tty:  # we lead a session that has none yet
+            import fcntl
+            import termios
+
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         _restrict(program)
     except OSError as error:
         _complain(b"cannot enforce the sandbox", error)

@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from logging import getLogger
 
 import trio
@@ -23,8 +24,9 @@ from execenv.local.bubblewrap import Bubblewrap, Bubblewraps
 from execenv.local.facts import Plans
 from execenv.local.launch import Launched, Launcher
 from execenv.local.mount_points import Claim, MountPoints
+from execenv.local.restrict import restricted
 from execenv.local.tree import Root
-from execenv.sandbox.plan import Mask, MountPlan
+from execenv.sandbox.plan import Bind, Mask, MountPlan, is_within
 from execenv.sandbox.policy import Sandbox
 from execenv.sandbox.seccomp import compile_filter
 
@@ -69,8 +71,13 @@ class Confinement:
         self._works = False
 
     async def probe(self) -> None:
-        """Find out, once and before anybody asks, whether files can be confined here; see `works`."""
+        """Find out, once and before anybody asks, whether files can be confined here; see `works`.
+
+        And remove what programs left that were killed.
+        """
         self._probed = trio.Event()
+        with suppress(OSError):  # whoever needs its directory hears of it
+            self._mount_points.sweep()
         try:
             await self.bubblewraps.find()
             self._works = True
@@ -100,13 +107,16 @@ class Confinement:
         tty: bool,
         pipe_stdin: bool,
     ) -> tuple[spawning.Spawned, Root]:
-        """Start `argv` in a view that restricts files. Cancelling it ends what was started.
+        """Start `argv` under a sandbox that enforces something. Cancelling it ends what was started.
 
         Raises:
             InternalError: it cannot be enforced, or it cannot be started. Nothing runs.
             InvalidParams, ForeignPathError: see `make_plan`.
         """
         spawning.check_words(argv, env, arg0, tty=tty)
+        if not sandbox.profile.restricts_files:
+            await trio.lowlevel.checkpoint()
+            return self._spawn_without_network(argv, cwd, env, arg0=arg0, tty=tty, pipe_stdin=pipe_stdin)
         if sandbox.use_legacy_landlock:
             raise InternalError(
                 "cannot enforce the sandbox: filesystem-restricted execution requires bubblewrap to isolate "
@@ -121,12 +131,7 @@ class Confinement:
         streams = None
         try:
             where = _directory_inside(plan, cwd)
-            missing = [
-                (op.path, op.kind != "denied file")
-                for op in plan.operations
-                if isinstance(op, Mask) and op.missing
-            ]
-            claim = self._mount_points.claim(missing) if missing else None
+            claim = self._mount_points.claim(_covered(plan))
             streams = spawning.open_terminal() if tty else spawning.open_pipes(pipe_stdin=pipe_stdin)
             launched = await self.launcher.launch(
                 bubblewrap,
@@ -140,7 +145,7 @@ class Confinement:
                 seccomp=compile_filter(network=plan.network),
                 options=options,
                 said=streams.read_words,
-                on_ready=claim.created if claim is not None else lambda: None,
+                on_ready=claim.created,
             )
         except BaseException as error:
             if streams is not None:
@@ -154,6 +159,37 @@ class Confinement:
             if streams is not None:
                 streams.close_theirs()
         return _spawned(launched, streams, claim, tty=tty), launched.root
+
+    def _spawn_without_network(
+        self,
+        argv: Sequence[str],
+        cwd: bytes,
+        env: Mapping[str, str],
+        *,
+        arg0: str | None,
+        tty: bool,
+        pipe_stdin: bool,
+    ) -> tuple[spawning.Spawned, Root]:
+        if tty:
+            env = spawning.terminal_environment(env)
+        seccomp = compile_filter(network=False)
+        command, fd = restricted(argv, env=env, arg0=arg0, seccomp=seccomp, tty=tty)
+        streams = None
+        try:
+            streams = spawning.open_terminal() if tty else spawning.open_pipes(pipe_stdin=pipe_stdin)
+            child, root = self.launcher.spawn(command, streams.theirs, [fd], cwd=cwd)
+        except OSError as error:
+            if streams is not None:
+                streams.close_ours()
+            raise InternalError(os_error_text(error)) from error
+        finally:
+            os.close(fd)
+            if streams is not None:
+                streams.close_theirs()
+        pidfd = None
+        with suppress(OSError):
+            pidfd = os.pidfd_open(child.pid)
+        return spawning.Spawned.of(child, streams, pidfd, tty=tty, confined=True), root
 
     def _command(
         self,
@@ -208,11 +244,24 @@ def _directory_inside(plan: MountPlan, cwd: bytes) -> bytes:
     return real if plan.access_of(real) != "none" else b"/"
 
 
-def _spawned(
-    launched: Launched, streams: spawning.Streams, claim: Claim | None, *, tty: bool
-) -> spawning.Spawned:
+def _covered(plan: MountPlan) -> list[tuple[bytes, bool]]:
+    """What is mounted over in a place that can be written, and whether it is a directory.
+
+    Not only what is missing: something empty may be there for another process in a sandbox, and must stay
+    when that ends.
+    """
+    roots = [path for path in plan.writable_roots if path != b"/"] or [b"/"]
+    return [
+        (op.path, not (isinstance(op, Mask) and op.kind == "denied file"))
+        for op in plan.operations
+        if (isinstance(op, Mask) or (isinstance(op, Bind) and not op.writable))
+        and any(is_within(op.path, root) for root in roots)
+    ]
+
+
+def _spawned(launched: Launched, streams: spawning.Streams, claim: Claim, *, tty: bool) -> spawning.Spawned:
     def ended() -> None:
-        launched.close()
+        launched.close_status()
         if claim is not None:
             claim.release()
 

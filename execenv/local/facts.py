@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import trio
 from attrs import define, field
 
+from execenv.errors import InternalError, os_error_text
 from execenv.local.mounts import Mounts
 from execenv.local.stat import stat_now
 from execenv.local.threads import run_in_thread
@@ -132,9 +133,14 @@ class Plans:
 
     Args:
         ours: the environment whose TMPDIR is what `tmpdir` stands for.
+        hide: gives the directories that no sandbox may write, after it has made them; asked once.
     """
 
-    def __init__(self, mounts: Mounts, ours: Mapping[str, str]) -> None:
+    def __init__(
+        self, mounts: Mounts, ours: Mapping[str, str], hide: Callable[[], Sequence[bytes]] = lambda: ()
+    ) -> None:
+        self._hide = hide
+        self._hidden: Sequence[bytes] | None = None
         self._mounts = mounts
         self._ours = ours
         self._known: OrderedDict[object, _Known] = OrderedDict()
@@ -149,6 +155,11 @@ class Plans:
             InvalidParams, InternalError, ForeignPathError: as `make_plan`.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
+        if self._hidden is None:
+            try:
+                self._hidden = self._hide()
+            except OSError as error:
+                raise InternalError(f"{error.filename}: {os_error_text(error)}") from error
         tmpdir = os.fsencode(self._ours.get("TMPDIR", "")) or None
         key = (sandbox, tmpdir, cwd)
         known = self._known.get(key)
@@ -172,7 +183,7 @@ class Plans:
         if known is not None and known[0].holds(facts):
             return known
         recorder = _Recorder(facts)
-        plan = make_plan(sandbox, recorder, tmpdir=tmpdir, cwd=cwd)
+        plan = make_plan(sandbox, recorder, tmpdir=tmpdir, cwd=cwd, hidden=self._hidden or ())
         return recorder, plan
 
 

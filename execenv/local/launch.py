@@ -44,7 +44,7 @@ _RESOLVE_IN_ROOT = 0x10
 
 @define(eq=False)
 class Launched:
-    """A program under bubblewrap. Whoever holds this reaps `pid`, then calls `close` and closes `pidfd`.
+    """A program under bubblewrap. Whoever holds this reaps `pid`, then calls `close`.
 
     Attributes:
         pid: of the outer bubblewrap, a child of ours that leads a session of its own. SIGKILL to it ends
@@ -99,6 +99,11 @@ class Launched:
         return self._program
 
     def close(self) -> None:
+        self.close_status()
+        os.close(self.pidfd)
+
+    def close_status(self) -> None:
+        """`close` for who closes `pidfd` itself."""
         os.close(self._status_fd)
 
 
@@ -131,7 +136,7 @@ class Launcher:
         as_pid_1: bool = False,
         options: Sequence[str] = (),
         said: Callable[[], bytes] = lambda: b"",
-        on_ready: Callable[[], None] = lambda: None,
+        on_ready: Callable[[int], None] = lambda pid: None,
     ) -> Launched:
         """Start `command` in the view of `plan`; returns when the view was checked and the program may run.
 
@@ -150,7 +155,7 @@ class Launcher:
                 bubblewrap's.
             options: further options of bubblewrap.
             said: what bubblewrap wrote to its stderr, for the message when it fails.
-            on_ready: called when everything is mounted, before the program runs.
+            on_ready: called with `pid` when everything is mounted, before the program runs.
 
         Raises:
             InternalError: it could not be set up, with the words of bubblewrap; or it did not become what the
@@ -194,7 +199,7 @@ class Launcher:
             fds.append(options_fd)
             os.write(options_fd, b"".join(word + b"\0" for word in words))
             os.lseek(options_fd, 0, os.SEEK_SET)
-            child, root = self._spawn(
+            child, root = self.spawn(
                 [*bubblewrap.unshare, bubblewrap.executable, b"--args", b"%d" % options_fd, b"--", *command],
                 (stdin, stdout, stderr),
                 (*fds, *pass_fds, *(() if bubblewrap.fd is None else (bubblewrap.fd,))),
@@ -219,7 +224,7 @@ class Launcher:
             if exchanged is not None:
                 shown = os.fsdecode(exchanged)
                 raise InternalError(f"cannot enforce the sandbox: {shown} was exchanged while it was set up")
-            on_ready()
+            on_ready(child.pid)
             os.write(filter_fd, seccomp)  # less than a pipe holds
             return Launched(child.pid, child_pid, root, pidfd, child, status_fd, status, as_pid_1)
         except BaseException as error:
@@ -235,16 +240,26 @@ class Launcher:
             trio.lowlevel.notify_closing(gate)
             close_all([fd for fd in ours if fd != status_fd])
 
-    def _spawn(
-        self, argv: list[str | bytes], streams: tuple[int, int, int], pass_fds: Sequence[int]
+    def spawn(
+        self,
+        argv: Sequence[str | bytes],
+        streams: tuple[int, int, int],
+        pass_fds: Sequence[int],
+        *,
+        cwd: bytes = b"/",
     ) -> tuple[subprocess.Popen[bytes], Root]:
+        """Start a child with an empty environment that leads a session, marked as ours and `known`.
+
+        Raises:
+            OSError: it could not be started, or not be marked.
+        """
         with birthmark() as born:
             child = subprocess.Popen(
                 argv,
                 stdin=streams[0],
                 stdout=streams[1],
                 stderr=streams[2],
-                cwd="/",
+                cwd=cwd,
                 env={},
                 pass_fds=pass_fds,
                 start_new_session=True,

@@ -153,6 +153,19 @@ class MountPoints:
     def __init__(self, directory: str | None = None) -> None:
         self._directory = directory
 
+    def prepare(self) -> tuple[bytes, ...]:
+        """Make the directory, before anything in a sandbox could, and remove what killed programs left.
+
+        Where it is: no sandbox may write there.
+
+        Raises:
+            OSError: there is none that is this user's alone.
+        """
+        with self._locked(create=True):
+            pass
+        self.sweep()
+        return (os.fsencode(registry_directory() if self._directory is None else self._directory),)
+
     def claim(self, paths: Iterable[tuple[bytes, bool]]) -> Claim:
         """Say that mount points will be made at these paths. Call it before the process is started.
 

@@ -17,7 +17,7 @@ _STUB = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_restrict_stub
 
 
 def restricted(
-    argv: Sequence[str], *, env: Mapping[str, str], arg0: str | None, seccomp: bytes
+    argv: Sequence[str], *, env: Mapping[str, str], arg0: str | None, seccomp: bytes, tty: bool = False
 ) -> tuple[list[str], int]:
     """The command line to start in place of `argv`, and a descriptor that it inherits under its number.
 
@@ -27,6 +27,7 @@ def restricted(
 
     Args:
         seccomp: see `seccomp.compile_filter`.
+        tty: its stdin is a terminal, and becomes the controlling one of the session that it must lead.
 
     Raises:
         InternalError: this program is no Python interpreter, so it cannot be started again.
@@ -38,7 +39,7 @@ def restricted(
         )
     variables = {os.fsencode(name): os.fsencode(value) for name, value in env.items()}
     words = [os.fsencode(word) for word in argv]
-    data = marshal.dumps((words, None if arg0 is None else os.fsencode(arg0), variables, seccomp))
+    data = marshal.dumps((words, None if arg0 is None else os.fsencode(arg0), variables, seccomp, tty))
     fd = os.memfd_create("restrict", os.MFD_CLOEXEC)
     try:
         view = memoryview(data)

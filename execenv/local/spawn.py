@@ -53,6 +53,24 @@ class Spawned:
     signal: Callable[[int], bool] | None = None
     ended: Callable[[], None] = lambda: None
 
+    @classmethod
+    def of(
+        cls,
+        child: subprocess.Popen[bytes],
+        streams: Streams,
+        pidfd: int | None = None,
+        *,
+        tty: bool = False,
+        confined: bool = False,
+    ) -> Spawned:
+        """A child that `Popen` has started on these streams."""
+
+        def poll() -> int | None:
+            returncode = child.poll()
+            return None if returncode is None else exit_code_of(returncode)
+
+        return cls(child.pid, streams.outputs, streams.stdin_fd, tty, poll, pidfd, confined)
+
 
 def spawn(
     argv: Sequence[str], cwd: bytes, env: Mapping[str, str], *, arg0: str | None, tty: bool, pipe_stdin: bool
@@ -185,12 +203,7 @@ def _spawn_pipes(
         raise
     finally:
         streams.close_theirs()
-
-    def poll() -> int | None:
-        returncode = child.poll()
-        return None if returncode is None else exit_code_of(returncode)
-
-    return Spawned(child.pid, streams.outputs, streams.stdin_fd, False, poll, None)
+    return Spawned.of(child, streams)
 
 
 def _spawn_tty(argv: Sequence[str], cwd: bytes, env: Mapping[str, str], arg0: str | None) -> Spawned:

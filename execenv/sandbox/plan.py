@@ -190,13 +190,19 @@ def execution(sandbox: Sandbox) -> Execution:
 
 
 def make_plan(
-    sandbox: Sandbox, facts: Facts, *, tmpdir: bytes | None = None, cwd: bytes | None = None
+    sandbox: Sandbox,
+    facts: Facts,
+    *,
+    tmpdir: bytes | None = None,
+    cwd: bytes | None = None,
+    hidden: Iterable[bytes] = (),
 ) -> MountPlan:
     """The mounts for a sandbox that restricts files.
 
     Args:
         tmpdir: what `tmpdir` stands for; `None` for nothing.
         cwd: what stands for a missing `cwd` of the sandbox (a process has one of its own).
+        hidden: directories of our own that are denied where they could be written, whatever entries say.
 
     Raises:
         InvalidParams: a pattern is wrong, or the policy needs a `cwd` and has none.
@@ -208,7 +214,7 @@ def make_plan(
     listed, searches = _listed(sandbox, tmpdir, _cwd_of(sandbox, cwd))
     if profile.entries is None:
         planner.put(b"/", "write")
-    places = planner.decide(listed, searches, profile.glob_scan_max_depth)
+    places = planner.decide(listed, searches, profile.glob_scan_max_depth, hidden)
     return planner.plan(places, network=not profile.restricts_network)
 
 
@@ -422,7 +428,7 @@ class _Planner:
     covered: set[bytes] = field(factory=set)
 
     def decide(
-        self, listed: list[_Listed], searches: list[_Search], depth: int | None
+        self, listed: list[_Listed], searches: list[_Search], depth: int | None, hidden: Iterable[bytes]
     ) -> list[tuple[_Listed, _Place]]:
         """Make the rules; where the entries lead."""
         places = [(one, self.resolve(one.path)) for one in listed]
@@ -434,6 +440,11 @@ class _Planner:
         if self.rules.get(b"/") == "write" and self.kind(_SHM) == "directory":
             self.rules.setdefault(_SHM, "write")
         self.search(prefixes, depth)
+        for path in hidden:
+            place = self.resolve(path)
+            if place.missing is None and self.access(place.path) == "write":
+                self.rules[place.path] = "deny"
+                self.explicit.add(place.path)
         if self.rules.get(b"/") == "deny":
             del self.rules[b"/"]  # nothing is there, then: the same, and what is reopened has its place
         lifted = {place.path for one, place in places if one.access == "write"}
