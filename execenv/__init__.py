@@ -62,6 +62,7 @@ if TYPE_CHECKING:
         WalkError,
         WalkResult,
     )
+    from execenv.sandbox.policy import Entry, GlobRule, PathRule, SandboxProfile, SpecialRule
     from execenv.status import Status, StatusChange, fail_fast
     from execenv.targets import CommandTarget, LocalTarget, WebsocketTarget
     from execenv.transfer import Progress, TransferReport
@@ -101,6 +102,7 @@ _WHERE = {
         "WalkError",
         "WalkResult",
     ),
+    "sandbox.policy": ("Entry", "GlobRule", "PathRule", "SandboxProfile", "SpecialRule"),
     "status": ("Status", "StatusChange", "fail_fast"),
     "targets": ("CommandTarget", "LocalTarget", "WebsocketTarget"),
     "transfer": ("Progress", "TransferReport"),
@@ -150,6 +152,11 @@ __all__ = [  # noqa: RUF022 - in the order of _WHERE
     "WalkEntry",
     "WalkError",
     "WalkResult",
+    "Entry",
+    "GlobRule",
+    "PathRule",
+    "SandboxProfile",
+    "SpecialRule",
     "Status",
     "StatusChange",
     "fail_fast",

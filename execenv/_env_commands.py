@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shlex
 import shutil
@@ -17,7 +16,8 @@ import trio
 from attrs import asdict, define, field, frozen
 
 from execenv._locations import Target
-from execenv._standard_streams import complain, one_line, printable, write
+from execenv._standard_streams import complain, one_line, printable
+from execenv._tables import print_json, print_lines, print_table
 from execenv.config import (
     LOCAL,
     LOCAL_ONLY,
@@ -117,7 +117,7 @@ async def run_list(as_json: bool) -> int:
     rows = _rows(sources)
     ruling = next(source for source in sources if source.state in ("rules", "bad"))
     if as_json:
-        await _print_json(
+        await print_json(
             {
                 "rules": ruling.name,
                 "default": ruling.snapshot.default,
@@ -132,7 +132,7 @@ async def run_list(as_json: bool) -> int:
         ("*" if row["default"] else "", row["name"], row["kind"], row["target"], _used(row)) for row in rows
     ]
     if cells:
-        await _print_table(("", "NAME", "KIND", "TARGET", "SOURCE"), cells)
+        await print_table(("", "NAME", "KIND", "TARGET", "SOURCE"), cells)
     lines = [""] if cells else []
     if not ruling.error:
         default = ruling.snapshot.default
@@ -147,7 +147,7 @@ async def run_list(as_json: bool) -> int:
             "bad": "rules, and cannot be used",
         }[source.state]
         lines.append(f"{source.name}: {because}" + (f": {source.error}" if source.error else ""))
-    await _print_lines(lines)
+    await print_lines(lines)
     return 1 if ruling.error else 0
 
 
@@ -180,14 +180,14 @@ async def run_show(name: str | None, as_json: bool) -> int:
         "inUse": source is ruling,
     }
     if as_json:
-        await _print_json(fields)
+        await print_json(fields)
         return 0
     lines = []
     for key, value in fields.items():
         if value is not None:
             text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
             lines.append(f"{key + ':':20}{text or '-'}")
-    await _print_lines(lines)
+    await print_lines(lines)
     return 0
 
 
@@ -427,7 +427,7 @@ async def run_check(chosen: Sequence[tuple[str, Target]], token: str | None, as_
         for report, (_, target) in zip(reports, chosen, strict=True):
             nursery.start_soon(_check, report, target, token)
     if as_json:
-        await _print_json([_json_of(report) for report in reports])
+        await print_json([_json_of(report) for report in reports])
     elif reports:
         await _print_reports(reports)
     else:
@@ -512,7 +512,7 @@ async def _print_reports(reports: Sequence[Report]) -> None:
     def shown_seconds(seconds: float | None) -> str:
         return "-" if seconds is None else f"{seconds * 1000:.1f} ms"
 
-    await _print_table(
+    await print_table(
         ("NAME", "STATE", "CONNECT", "ANSWER", "VERSION", "RUN", "READ", "HTTP"),
         [
             (
@@ -533,7 +533,7 @@ async def _print_reports(reports: Sequence[Report]) -> None:
         lines += [f"{report.name}: {problem}" for problem in problems]
         if report.error is None and report.missing:
             lines.append(f"{report.name}: does not offer {', '.join(report.missing)}")
-    await _print_lines(lines)
+    await print_lines(lines)
 
 
 def _verdict(told: str | None) -> str:
@@ -541,40 +541,3 @@ def _verdict(told: str | None) -> str:
 
 
 # Printing.
-
-
-async def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """In columns: by rich on a terminal, else plain, so that other programs can cut it."""
-    rows = [[printable(cell) for cell in row] for row in rows]
-    if os.isatty(1):
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for title in head:
-            table.add_column(title, overflow="fold")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        console = Console()
-        with console.capture() as capture:
-            console.print(table)
-        await write(1, capture.get().encode(errors="replace"))
-        return
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    await _print_lines(
-        [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            for row in (head, *rows)
-        ]
-    )
-
-
-async def _print_lines(lines: Sequence[str]) -> None:
-    text = "".join(f"{printable(line).rstrip()}\n" for line in lines)
-    await write(1, text.encode(errors="replace"))
-
-
-async def _print_json(value: object) -> None:
-    await write(1, (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode(errors="replace"))

@@ -17,8 +17,9 @@ from execenv._locations import Access, Target
 from execenv._service import open_nursery
 from execenv._standard_streams import pieces, tell_of_losses, write
 from execenv.environment import Environment
-from execenv.errors import NotSupported, OutputGap, ProcessNotStarted
+from execenv.errors import NotSupported, OutputGap, ProcessNotStarted, UsageError
 from execenv.process import Process
+from execenv.sandbox.policy import Network, SandboxProfile
 
 NOT_FOUND, NOT_EXECUTABLE = 127, 126
 
@@ -33,6 +34,8 @@ class Job:
     tty: bool
     cwd: str | None
     extra_env: dict[str, str]
+    sandbox: str | None = None
+    network: bool = True
 
 
 async def run_job(job: Job) -> int:
@@ -40,7 +43,7 @@ async def run_job(job: Job) -> int:
     async with job.access.open(job.target) as environment, open_nursery() as nursery:
         nursery.start_soon(tell_of_losses, environment)
         try:
-            return await _run(environment, job)
+            return await _run(await _confined(environment, job), job)
         except ProcessNotStarted as error:
             print(f"execenv: {' '.join(str(error).split())}", file=sys.stderr)
             if "os error 2)" in error.reason or "No viable candidates" in error.reason:
@@ -50,6 +53,29 @@ async def run_job(job: Job) -> int:
             return 128 + signal.SIGPIPE
         finally:
             nursery.cancel_scope.cancel()
+
+
+async def _confined(environment: Environment, job: Job) -> Environment:
+    """The environment under the sandbox that the command line names."""
+    if job.sandbox is None and job.network:
+        return environment
+    network: Network = "enabled" if job.network else "restricted"
+    mode, *roots = (job.sandbox or "").split(":")
+    if mode == "read-only":
+        profile = SandboxProfile.read_only(network=network)
+    elif mode == "workspace-write":
+        profile = SandboxProfile.workspace_write(network=network)
+    else:
+        profile = SandboxProfile.unrestricted(network)
+    cwd = job.cwd
+    if cwd is None and environment.name == "local":
+        cwd = os.getcwd()
+    if mode == "workspace-write" and cwd is None and not roots:
+        raise UsageError(
+            "--sandbox workspace-write needs to know the workspace there: --sandbox workspace-write:DIR, "
+            "or --cwd DIR"
+        )
+    return await environment.sandboxed(profile, cwd=cwd, workspace_roots=roots)
 
 
 async def _run(environment: Environment, job: Job) -> int:

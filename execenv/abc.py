@@ -12,9 +12,10 @@ from collections.abc import AsyncGenerator, AsyncIterable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
+import trio
 from attrs import frozen
 
-from execenv.errors import InternalError
+from execenv.errors import InternalError, NotSupported
 from execenv.paths import PathUri
 from execenv.protocol import (
     Base64,
@@ -32,6 +33,7 @@ from execenv.protocol import (
     WalkOptions,
     WalkResult,
 )
+from execenv.sandbox.policy import Sandbox
 from execenv.status import Status
 
 
@@ -412,6 +414,22 @@ class FileSystem(ABC):
     @abstractmethod
     async def can_transfer(self) -> bool:
         """Whether there are `rename`, `set_metadata` and `open` to update."""
+
+    async def read_small(self, path: PathUri, *, follow_symlinks: bool = True) -> bytes | None:
+        """The whole content, if that is one step; `None` if it takes more, and nothing is known of it yet."""
+        await trio.lowlevel.checkpoint()
+        return None
+
+    def confined(self, sandbox: Sandbox) -> FileSystem:
+        """The same files, as far as a sandbox lets them be touched.
+
+        Calls raise `InternalError` too where the sandbox cannot be enforced; nothing was done then.
+        `watch_missing` raises `NotSupported`.
+
+        Raises:
+            NotSupported: there are no sandboxes here that restrict anything.
+        """
+        raise NotSupported("these files cannot be put under a sandbox; use them without, if that may be")
 
     def read_file_nowait(self, path: PathUri) -> bytes | None:
         return None

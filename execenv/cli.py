@@ -1,4 +1,4 @@
-"""The command line: `execenv serve`, `run`, `cp`, `ls`, `cat`, `info`, `http` and `env`.
+"""The command line: `execenv serve`, `run`, `cp`, `ls`, `cat`, `info`, `http`, `doctor` and `env`.
 
 Imports nothing that takes long: `serve` prints its URL before Trio is imported, and clients that connect
 meanwhile wait in the kernel's queue.
@@ -31,6 +31,7 @@ Examples:
   execenv run --env ws://127.0.0.1:8765 --cwd /src -- pytest -x
   execenv run --env "ssh devbox execenv serve --listen stdio" --tty -- bash
   execenv run --env "docker exec -i box" --bootstrap -- uname -a
+  execenv run --sandbox workspace-write --no-network -- make
 """
 
 EPILOG_CP = """
@@ -148,6 +149,17 @@ _alias_option = click.option(
     "--alias", "aliases", multiple=True, metavar="NAME=TARGET", help="Name an environment, for NAME:PATH."
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _check_sandbox(context: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    mode, _, roots = (value or "").partition(":")
+    if value is not None and (
+        mode not in ("read-only", "workspace-write")
+        or (mode == "read-only" and ":" in value)
+        or (":" in value and not all(roots.split(":")))
+    ):
+        raise click.BadParameter(f"{value!r} is neither read-only nor workspace-write[:DIR...]")
+    return value
 
 
 def _log_to_stderr(debug: bool) -> None:
@@ -393,6 +405,15 @@ def _bound_socket(host: str, port: int) -> socket.socket:
     metavar="NAME=VALUE",
     help="Set a variable for the program.",
 )
+@click.option(
+    "--sandbox",
+    metavar="read-only|workspace-write[:DIR...]",
+    callback=_check_sandbox,
+    help="What the program, and all that it starts, may write: nothing; or the directories named, else the "
+    "one it runs in, and those for temporary files. It may read everything. Refused where it cannot be "
+    "enforced.",
+)
+@click.option("--no-network", is_flag=True, help="The program has no network, not even of this machine.")
 @_debug_option
 @click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(
@@ -403,6 +424,8 @@ def run(
     tty: bool,
     cwd: str | None,
     assignments: tuple[str, ...],
+    sandbox: str | None,
+    no_network: bool,
     debug: bool,
     argv: tuple[str, ...],
 ) -> None:
@@ -421,6 +444,8 @@ def run(
         tty=tty,
         cwd=cwd,
         extra_env=dict(map(_assignment, assignments)),
+        sandbox=sandbox,
+        network=not no_network,
     )
     _exit_with(debug, _run_command.run_job, job)
 
@@ -612,6 +637,20 @@ def http(
         as_json=as_json,
     )
     _exit_with(debug, _data_commands.run_http, job)
+
+
+@cli.command()
+@_json_option
+@_debug_option
+def doctor(as_json: bool, debug: bool) -> None:
+    """Show what this machine can enforce of a sandbox, and what to do where it cannot.
+
+    It is tried, as the user who asks. The exit status is 0 if processes and files can be confined and the
+    network can be taken away, and 1 if one of these cannot be.
+    """
+    from execenv import _doctor_command
+
+    _exit_with(debug, _doctor_command.run_doctor, as_json)
 
 
 @cli.group("env", epilog=EPILOG_ENV)

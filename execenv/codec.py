@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 from attrs import fields, frozen, has
 
 from execenv.errors import InvalidParams
+from execenv.errors import wrong_type as _wrong_type
 from execenv.paths import PathUri, PathUriError
 from execenv.protocol import U64, Base64, Base64Text, Unit
+from execenv.sandbox.policy import Sandbox, decode_sandbox, encode_sandbox
 
 try:
     import orjson
@@ -409,22 +411,6 @@ def camel(name: str) -> str:
     return head + "".join(word.capitalize() for word in rest)
 
 
-def _wrong_type(value: Json, expected: str) -> str:
-    if value is None:
-        found = "null"
-    elif isinstance(value, bool):
-        found = "boolean"
-    elif isinstance(value, int | float):
-        found = "number"
-    elif isinstance(value, memoryview):
-        found = "string"
-    elif isinstance(value, str):
-        found = f'string "{value[:80]}"'
-    else:
-        found = "sequence" if isinstance(value, list) else "map"
-    return f"invalid type: {found}, expected {expected}"
-
-
 def _structure_str(value: Json, _: object) -> str:
     if type(value) is not str:
         raise InvalidParams(_wrong_type(value, "a string"))
@@ -580,6 +566,8 @@ def converter() -> Converter:
     conv.register_structure_hook_func(lambda kind: kind is Base64, _structure_base64)
     conv.register_structure_hook_func(lambda kind: kind is Base64Text, _structure_text)
     conv.register_structure_hook_func(lambda kind: kind is PathUri, _structure_path)
+    conv.register_structure_hook(Sandbox, lambda value, _: decode_sandbox(value))
+    conv.register_unstructure_hook(Sandbox, encode_sandbox)
     conv.register_unstructure_hook(PathUri, lambda path: path.uri)
     conv.register_unstructure_hook_func(
         lambda kind: kind is Base64, lambda data: pybase64.b64encode_as_string(data)

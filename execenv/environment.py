@@ -7,7 +7,7 @@ async with execenv.open_environment("ws://127.0.0.1:8765") as env:
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
 
@@ -32,6 +32,7 @@ from execenv.http import Http
 from execenv.paths import PathUri, PathUriError
 from execenv.process import Inbox, Process
 from execenv.protocol import EnvironmentInfo, EnvPolicy, ProcessStartParams
+from execenv.sandbox.policy import Sandbox, SandboxProfile
 from execenv.status import Status
 
 TERMINATE_DEADLINE = 15.0
@@ -53,6 +54,8 @@ class CompletedProcess:
         returncode: 0-255; death by signal n is 128 + n.
         stdout, stderr: what was captured, or `None` with `capture=False`. A terminal has only `stdout`.
         receipt: what had to be ended when the program had ended (descendants that it left behind).
+        sandbox_denied: it failed, and by what it said its sandbox was the reason: a guess. `None` where the
+            environment does not say.
     """
 
     argv: tuple[str, ...]
@@ -60,6 +63,7 @@ class CompletedProcess:
     stdout: bytes | None
     stderr: bytes | None
     receipt: KillReceipt | None = None
+    sandbox_denied: bool | None = False
 
 
 @define
@@ -122,6 +126,36 @@ class Environment:
         """Shell, working directory and what else the environment says of itself."""
         return await self._backend.info()
 
+    async def sandboxed(
+        self,
+        profile: SandboxProfile,
+        *,
+        cwd: AnyPath | os.PathLike[str] | None = None,
+        workspace_roots: Iterable[AnyPath | os.PathLike[str]] = (),
+    ) -> Environment:
+        """The same environment, as far as `profile` lets it be touched: its processes and its files.
+
+        work = await env.sandboxed(SandboxProfile.workspace_write(), cwd="/srv/w")
+        await work.run(["make"])
+        await work.files.write_file("notes.txt", b"done")
+
+        What cannot be enforced there is refused, never ignored: each call says so. It ends with the
+        environment.
+
+        Args:
+            cwd: the working directory of what is done through it, and what relative patterns are from.
+            workspace_roots: what `project_roots` in the profile stands for; `cwd` if there are none. It is
+                never the directory that the environment itself works in.
+
+        Raises:
+            UsageError: the profile speaks of `project_roots` or relative patterns, and neither was given.
+        """
+        from execenv._sandboxed import SandboxedEnvironment
+
+        where = None if cwd is None else await self._locate(cwd)
+        roots = tuple([await self._locate(root) for root in workspace_roots])
+        return Environment(SandboxedEnvironment(self._backend, _sandbox(profile, where, roots)))
+
     @property
     def status(self) -> Status:
         """Whether it can be reached: `env.status.state`, and `async for change in env.status`."""
@@ -152,6 +186,7 @@ class Environment:
         env_policy: EnvPolicy | None = None,
         tty: bool = False,
         arg0: str | None = None,
+        sandbox: SandboxProfile | None = None,
         allow_gaps: bool = False,
     ) -> CompletedProcess:
         """Run a program to its end, as `trio.run_process` does here.
@@ -171,6 +206,8 @@ class Environment:
             env_policy: how to make it from the environment's own variables instead.
             tty: run it on a terminal, which merges stdout and stderr.
             arg0: what the program sees as its own name.
+            sandbox: what the program, and all that it starts, may touch; `sandboxed` has more to say. Its
+                `project_roots` are `cwd`, which must be given then.
             allow_gaps: go on when output was lost for good; without it that raises `OutputGap`.
 
         Raises:
@@ -192,6 +229,7 @@ class Environment:
                 env_policy=env_policy,
                 tty=tty,
                 arg0=arg0,
+                sandbox=sandbox,
                 _input_size=len(input) if input else None,
             ) as process:
                 if tty and not input:
@@ -215,7 +253,9 @@ class Environment:
             failed = ProcessFailed(process.argv, self.name, returncode, stdout, stderr, process.receipt)
             failed.captured_output = output  # type: ignore[attr-defined]
             raise failed
-        return CompletedProcess(process.argv, returncode, stdout, stderr, process.receipt)
+        return CompletedProcess(
+            process.argv, returncode, stdout, stderr, process.receipt, process.sandbox_denied
+        )
 
     @asynccontextmanager
     async def open_process(
@@ -229,6 +269,7 @@ class Environment:
         env_policy: EnvPolicy | None = None,
         tty: bool = False,
         arg0: str | None = None,
+        sandbox: SandboxProfile | None = None,
         _input_size: int | None = None,
     ) -> AsyncIterator[Process]:
         """Start a program and work with it while it runs. The arguments are those of `run`, and `stdin`.
@@ -244,7 +285,7 @@ class Environment:
             ProcessNotStarted: if it could not be started, with the reason as `__cause__`.
         """
         process = await self._start(
-            argv, stdin, cwd, env, extra_env, env_policy, tty, arg0, input_size=_input_size
+            argv, stdin, cwd, env, extra_env, env_policy, tty, arg0, sandbox, input_size=_input_size
         )
         try:
             yield process
@@ -264,6 +305,7 @@ class Environment:
         env_policy: EnvPolicy | None = None,
         tty: bool = False,
         stdin: bool = False,
+        sandbox: SandboxProfile | None = None,
     ) -> None:
         """Start a program that is to outlive the block that starts it, under a name to find it by.
 
@@ -273,7 +315,7 @@ class Environment:
         Raises:
             ProcessNotStarted: as `open_process`; also if the name is taken.
         """
-        await self._start(argv, stdin, cwd, env, extra_env, env_policy, tty, None, detached_as=name)
+        await self._start(argv, stdin, cwd, env, extra_env, env_policy, tty, None, sandbox, detached_as=name)
 
     @asynccontextmanager
     async def attach(self, name: str, *, stdin: bool = False, tty: bool = False) -> AsyncIterator[Process]:
@@ -307,6 +349,7 @@ class Environment:
         env_policy: EnvPolicy | None,
         tty: bool,
         arg0: str | None,
+        sandbox: SandboxProfile | None,
         *,
         detached_as: str | None = None,
         input_size: int | None = None,
@@ -325,6 +368,7 @@ class Environment:
                 env_policy=env_policy or (INHERIT_ALL if env is None else None),
                 pipe_stdin=stdin and not tty,
                 arg0=arg0,
+                sandbox=None if sandbox is None else _sandbox(sandbox, None if cwd is None else where, ()),
             )
             inbox = Inbox()
             sink = inbox if detached_as is None else None  # detached, it must not wait for a reader
@@ -370,6 +414,15 @@ class Environment:
             backend.unsubscribe(inbox)
             inbox.abandon()
             backend.release()
+
+
+def _sandbox(profile: SandboxProfile, cwd: PathUri | None, roots: tuple[PathUri, ...]) -> Sandbox:
+    roots = roots or (() if cwd is None else (cwd,))
+    if profile.needs_workspace_roots and not roots:
+        raise UsageError("this profile is about a workspace: say which, by workspace_roots= or cwd=")
+    if profile.needs_cwd and cwd is None:
+        raise UsageError("this profile has relative patterns: say by cwd= what they are relative to")
+    return Sandbox(profile, cwd, roots)
 
 
 def _checked_argv(argv: Sequence[str | EnvironmentPath]) -> tuple[str, ...]:

@@ -49,6 +49,7 @@ __all__ = [
     "file_error",
     "os_error_text",
     "os_from_error",
+    "wrong_type",
 ]
 
 
@@ -289,6 +290,23 @@ def os_from_error(error: RpcError, path: PathUri) -> Exception:
 @cache
 def _errnos() -> dict[str, int]:
     return {os.strerror(number): number for number in errno.errorcode}
+
+
+def wrong_type(value: object, expected: str) -> str:
+    """The text of an `InvalidParams` for a JSON value that is of the wrong type."""
+    if value is None:
+        found = "null"
+    elif isinstance(value, bool):
+        found = "boolean"
+    elif isinstance(value, int | float):
+        found = "number"
+    elif isinstance(value, memoryview):
+        found = "string"
+    elif isinstance(value, str):
+        found = f'string "{value[:80]}"'
+    else:
+        found = "sequence" if isinstance(value, list) else "map"
+    return f"invalid type: {found}, expected {expected}"
 
 
 class ProcessNotStarted(ExecenvError):

@@ -28,6 +28,7 @@ class Inbox:
         self._lot = trio.lowlevel.ParkingLot()
         self._room = trio.lowlevel.ParkingLot()
         self.exit_code: int | None = None
+        self.sandbox_denied: bool | None = False
         self.closed = False
         self.error: Exception | None = None
         self.exited = trio.Event()
@@ -48,6 +49,7 @@ class Inbox:
             self._queue(event.stream).append(event)
         elif isinstance(event, Exited):
             self.exit_code = event.exit_code
+            self.sandbox_denied = event.sandbox_denied
             self.exited.set()
         elif isinstance(event, Closed):
             self.closed = True
@@ -268,6 +270,14 @@ class Process:
     def returncode(self) -> int | None:
         """`None` while it runs; then 0-255, where death by signal n is 128 + n."""
         return self._inbox.exit_code
+
+    @property
+    def sandbox_denied(self) -> bool | None:
+        """Whether it failed and, by what it said, its sandbox was the reason: a guess.
+
+        False while it runs; `None` where the environment does not say.
+        """
+        return self._inbox.sandbox_denied
 
     async def wait(self) -> int:
         """Wait until the program itself has ended; its descendants may still write. The return code.

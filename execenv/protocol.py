@@ -14,6 +14,7 @@ from typing import Any, Generic, Literal, NewType, TypeVar
 from attrs import define, field, frozen
 
 from execenv.paths import PathUri
+from execenv.sandbox.policy import Sandbox
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -146,7 +147,7 @@ class ProcessStartParams:
     env_policy: EnvPolicy | None = None
     pipe_stdin: bool = False
     arg0: str | None = None
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
     enforce_managed_network: bool = False
     managed_network: Any = None
     network_proxy: Any = field(default=None, metadata=extension)
@@ -299,7 +300,7 @@ class ProcessClosedParams:
 @frozen
 class FsReadFileParams:
     path: PathUri
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
     follow_symlinks: bool | None = None
 
 
@@ -314,7 +315,7 @@ class FsWriteFileParams:
 
     path: PathUri
     data_base64: Base64Text
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
     follow_symlinks: bool | None = None
 
 
@@ -322,7 +323,7 @@ class FsWriteFileParams:
 class FsCreateDirectoryParams:
     path: PathUri
     recursive: bool | None = None
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
     follow_symlinks: bool | None = None
 
 
@@ -331,7 +332,7 @@ class FsPathParams:
     """The parameters of getMetadata, canonicalize and readDirectory."""
 
     path: PathUri
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
     follow_symlinks: bool | None = None
 
 
@@ -380,7 +381,7 @@ class FsRemoveParams:
     path: PathUri
     recursive: bool | None = None
     force: bool | None = None
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
     follow_symlinks: bool | None = None
 
 
@@ -389,7 +390,7 @@ class FsCopyParams:
     source_path: PathUri
     destination_path: PathUri
     recursive: bool
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
 
 
 @frozen
@@ -423,7 +424,7 @@ ONE_DIRECTORY = WalkOptions(U64(0), U64(1), LARGEST_WALK.max_entries, follow_dir
 class FsWalkParams:
     path: PathUri
     options: WalkOptions
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
 
 
 @frozen
@@ -457,7 +458,7 @@ class FsOpenParams:
 
     handle_id: str
     path: PathUri
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
     mode: WireOpenMode = "read"
     keep: bool = field(default=False, metadata=extension)
 
@@ -522,7 +523,7 @@ class FsRenameParams:
 
     source_path: PathUri
     destination_path: PathUri
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
     sync: bool = field(default=False, metadata=extension)
 
 
@@ -533,7 +534,7 @@ class FsSetMetadataParams:
     path: PathUri
     mode: U64 | None = None
     modified_at_ms: int | None = None
-    sandbox: Any = None
+    sandbox: Sandbox | None = None
 
 
 # HTTP (§7).

@@ -13,7 +13,7 @@ import pytest
 import trio
 from attrs import define
 
-from execenv import Environment, open_environment
+from execenv import Environment, SandboxProfile, open_environment
 from execenv.providers import NOISE_VARIABLES
 from execenv.remote.connection import open_remote
 from execenv.server import open_local_sessions
@@ -114,10 +114,15 @@ async def open_memory() -> AsyncIterator[tuple[Environment, MemoryChannel]]:
 
 @asynccontextmanager
 async def open_kind(kind: str, websocket_url: str) -> AsyncIterator[Environment]:
-    """A new environment of one of `KINDS`."""
+    """A new environment of one of `KINDS`, or `"sandboxed"`: this machine, where little is restricted."""
     if kind == "memory":
         async with open_memory() as (environment, _):
             yield environment
+        return
+    if kind == "sandboxed":
+        profile = SandboxProfile.workspace_write([tempfile.gettempdir()], network="enabled", temporary=False)
+        async with open_environment("local") as environment:
+            yield await environment.sandboxed(profile)
         return
     target = {"local": "local", "stdio": [*SERVE, "stdio"], "websocket": websocket_url}[kind]
     async with open_environment(target) as environment:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import select
+import shutil
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -12,6 +13,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from textwrap import dedent
 from typing import cast
 
+import pytest
 import trio
 from attrs import Factory, define
 
@@ -337,3 +339,10 @@ class FakeHost:
             yield environment
         finally:
             environment.closed = True
+
+
+requires_bubblewrap = pytest.mark.skipif(
+    shutil.which("bwrap") is None and os.environ.get("EXECENV_REQUIRE_TOOLS") != "1",
+    reason="bubblewrap is not installed",
+)
+"""For tests of what needs it. Where tools are required they run all the same, and fail."""

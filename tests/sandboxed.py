@@ -300,9 +300,10 @@ def _ours(as_user: Sequence[str], env: dict[str, str]) -> list[str]:
     env["PYTHONPATH"] = package
     tried = [sys.executable]
     if as_user:
-        # a Python below the home of root is not for others, and the system's can use the same packages
+        # A Python below the home of root is not for others (setpriv may execute it all the same, and it
+        # cannot find itself then), and the system's can use the same packages.
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        tried += [f"/usr/bin/python{version}", f"/usr/local/bin/python{version}"]
+        tried = [f"/usr/bin/python{version}", f"/usr/local/bin/python{version}", *tried]
     for python in tried:
         if python != sys.executable:
             env["PYTHONPATH"] = f"{package}:{sysconfig.get_path('purelib')}:{sysconfig.get_path('platlib')}"

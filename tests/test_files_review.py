@@ -22,7 +22,7 @@ from execenv.file import BinaryFile, TextFile
 from execenv.local import codex_config, disk, mounts
 from execenv.local.filesystem import LocalFileHandle, LocalFileSystem
 from execenv.local.mounts import Mounts
-from execenv.local.threads import Turn
+from execenv.local.turn import Turn
 from execenv.paths import PathUri
 from execenv.protocol import (
     FS_READ_FILE,

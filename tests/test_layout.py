@@ -35,6 +35,7 @@ PUBLIC = """
     PathUri
     Process
     DirectoryEntry EnvPolicy EnvironmentInfo FileMetadata WalkEntry WalkError WalkResult
+    Entry GlobRule PathRule SandboxProfile SpecialRule
     Status StatusChange fail_fast
     CommandTarget LocalTarget WebsocketTarget
     Progress TransferReport
@@ -66,11 +67,14 @@ LAYERS = (
         "_bootstrapped",
         "_command",
         "_data_commands",
+        "_doctor_command",
         "_env_commands",
         "_first_stage",
         "_locations",
         "_run_command",
+        "_sandboxed",
         "_standard_streams",
+        "_tables",
         "cli",
         "environment",
         "environment_path",

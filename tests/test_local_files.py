@@ -22,9 +22,12 @@ from execenv import ConnectionLost, Environment, PathUri, open_environment
 from execenv.abc import Watch
 from execenv.files import AnyPath, Files
 from execenv.local import disk, mounts, threads
+from execenv.local import stat as local_stat
 from execenv.local.filesystem import LocalFileSystem
 from execenv.local.mounts import Mounts
-from execenv.local.threads import Turn, run_in_thread
+from execenv.local.stat import stat_now
+from execenv.local.threads import run_in_thread
+from execenv.local.turn import Turn
 from execenv.transfer import Progress
 from tests.conftest import open_kind, open_memory, time_limit
 from tests.contract import test_files, test_transfer
@@ -153,10 +156,15 @@ async def test_devices_are_written_to(files: Files) -> None:
         assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
+def without_libc(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (mounts, local_stat):
+        monkeypatch.setattr(module, "libc", lambda: None)
+
+
 async def test_special_file_is_not_opened_to_see_what_it_is(
     files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mounts, "_libc", lambda: None)  # so that all that is opened is opened by `os`
+    without_libc(monkeypatch)  # so that all that is opened is opened by `os`
     opened: list[object] = []
     real = os.open
 
@@ -486,7 +494,7 @@ def test_mounts_of_this_machine() -> None:
     with closing(Mounts()) as here:
         proc = os.open("/proc", os.O_PATH)
         try:
-            found = mounts.stat_now(proc)
+            found = stat_now(proc)
         finally:
             os.close(proc)
         assert found is not None
@@ -521,7 +529,7 @@ def contracts() -> list[Contract]:
 async def test_all_is_right_without_openat2_and_statx(
     kind_of_environment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mounts, "_libc", lambda: None)
+    without_libc(monkeypatch)
     with folder() as top:
         write(f"{top}/file")
         with closing(Mounts()) as here:
@@ -534,7 +542,7 @@ async def test_all_is_right_without_openat2_and_statx(
 async def test_all_is_right_when_no_name_is_in_the_cache(
     local: Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, refused = mounts._openat2, []
+    real, refused = mounts.openat2, []
 
     def openat2(dir_fd: int, path: bytes, flags: int, resolve: int, mode: int = 0) -> int | None:
         if resolve == mounts._RESOLVE_CACHED and not flags & os.O_DIRECTORY:
@@ -542,7 +550,7 @@ async def test_all_is_right_when_no_name_is_in_the_cache(
             return None
         return real(dir_fd, path, flags, resolve, mode)
 
-    monkeypatch.setattr(mounts, "_openat2", openat2)
+    monkeypatch.setattr(mounts, "openat2", openat2)
     for contract in contracts():
         await contract(local)
     assert refused

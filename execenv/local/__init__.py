@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 
 import trio
+from attrs import evolve
 
 from execenv._service import open_nursery, service
 from execenv.abc import EnvironmentBackend
+from execenv.local.bubblewrap import Bubblewraps
+from execenv.local.confinement import Confinement
+from execenv.local.facts import Plans
 from execenv.local.filesystem import LocalFileSystem
+from execenv.local.helpers import Helpers, open_helpers
 from execenv.local.http import LocalHttpClient, open_http
 from execenv.local.info import local_info
+from execenv.local.launch import Launcher
+from execenv.local.mount_points import MountPoints
 from execenv.local.mounts import Mounts
 from execenv.local.output_log import RETAINED_BYTES
 from execenv.local.processes import LocalProcesses
@@ -30,7 +38,8 @@ REAP_INTERVAL = 10.0
 class Guard:
     """What all local environments of one program share.
 
-    Marks for its children, the watchdog, the mounts, and connections to HTTP servers.
+    Marks for its children, the watchdog, the mounts, what enforces sandboxes, and connections to HTTP
+    servers.
 
     Attributes:
         known: the children that somebody waits for.
@@ -42,6 +51,18 @@ class Guard:
         self.mounts = mounts
         self.watchdog = watchdog
         self.known: set[int] = set()
+        mount_points = MountPoints()
+        self.confinement = Confinement(
+            Plans(mounts, os.environ, mount_points.prepare),
+            Bubblewraps(os.environ, self.known),
+            Launcher(marks, self.known),
+            mount_points,
+        )
+        self.helpers: Helpers
+
+    def close(self) -> None:
+        """Let go of descriptors."""
+        self.confinement.bubblewraps.close()
 
     async def reap_for_ever(self) -> None:
         """Reap short-lived orphans, as init would: else they were zombies until their tree ends."""
@@ -64,14 +85,25 @@ async def open_guard(*, whole_program: bool = False) -> AsyncIterator[Guard]:
         async with open_watchdog(marks.prefix, sys.executable) as watchdog:
             with closing(Mounts()) as mounts:
                 async with open_http() as http:
-                    guard = Guard(marks, watchdog, mounts, http)
-                    async with service(guard.reap_for_ever):
-                        yield guard
+                    with closing(Guard(marks, watchdog, mounts, http)) as guard:
+                        made = guard.confinement
+                        async with (
+                            service(guard.reap_for_ever),
+                            open_helpers(made.launcher, made.bubblewraps, guard.known) as guard.helpers,
+                        ):
+                            yield guard
 
 
 class LocalEnvironment(EnvironmentBackend):
-    def __init__(self, processes: LocalProcesses, files: LocalFileSystem, http: LocalHttpClient) -> None:
+    def __init__(
+        self,
+        processes: LocalProcesses,
+        files: LocalFileSystem,
+        http: LocalHttpClient,
+        confinement: Confinement,
+    ) -> None:
         self.name = "local"
+        self._confinement = confinement
         self.http = http
         self.processes = processes
         self.files = files
@@ -81,7 +113,11 @@ class LocalEnvironment(EnvironmentBackend):
 
     async def info(self) -> EnvironmentInfo:
         if self._info is None:
-            self._info = local_info()
+            info = local_info()
+            works = await self._confinement.works()
+            if works is not None:
+                info = evolve(info, capabilities={**info.capabilities, "sandbox": works})
+            self._info = info
         return self._info
 
     async def read_config(self, params: EnvironmentConfigReadParams) -> EnvironmentConfig:
@@ -111,9 +147,19 @@ async def open_local(
     try:
         async with open_nursery() as nursery:
             processes = LocalProcesses(
-                nursery, guard.marks, guard.watchdog, guard.known, retained_bytes=retained_bytes
+                nursery,
+                guard.marks,
+                guard.watchdog,
+                guard.known,
+                guard.confinement,
+                retained_bytes=retained_bytes,
             )
-            environment = LocalEnvironment(processes, LocalFileSystem(guard.mounts), guard.http)
+            environment = LocalEnvironment(
+                processes,
+                LocalFileSystem(guard.mounts, guard.confinement.plans, guard.helpers),
+                guard.http,
+                guard.confinement,
+            )
             try:
                 yield environment
             finally:

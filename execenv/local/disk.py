@@ -2,6 +2,9 @@
 
 Each takes the `Turn` of its call, which it asks between steps whether anybody still waits. Errors are those
 of the system; where the protocol has words of its own for one, they are its `strerror`.
+
+The helper of a sandbox runs the same functions. So they import little, and give plain tuples; and what makes
+a name come into being goes through `names`, which the helper exchanges.
 """
 
 from __future__ import annotations
@@ -12,22 +15,14 @@ import select
 import stat
 import sys
 from collections import deque
-from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from execenv.errors import os_error_text
-from execenv.local.mounts import Stat, stat_path
-from execenv.local.threads import Turn
-from execenv.paths import PathUri
-from execenv.protocol import (
-    DirectoryEntry,
-    FileKind,
-    FileMetadata,
-    WalkEntry,
-    WalkError,
-    WalkOptions,
-    WalkResult,
-)
+from execenv.local.stat import Stat, stat_path
+from execenv.local.turn import Turn
+
+TYPE_CHECKING = False  # typing would take as long to import as all the rest
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MAX_WALK_ENTRIES = 80_000
 """Entries of one walk, whatever its options say: what fits into a message that a peer will parse (§2.1)."""
@@ -38,6 +33,33 @@ CHECK_INTERVAL = 0.1
 
 _LOOKED = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _WRITTEN = os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+
+
+class Names:
+    """The calls by which a name comes into being."""
+
+    def open(self, path: bytes, flags: int, mode: int = 0o666, *, dir_fd: int | None = None) -> int:
+        """Open a file, created if need be."""
+        return os.open(path, flags, mode, dir_fd=dir_fd)
+
+    def mkdir(self, path: bytes, *, dir_fd: int | None = None, recursive: bool = False) -> None:
+        """Make a directory. `recursive`: one that is there already will do."""
+        os.mkdir(path, dir_fd=dir_fd)
+
+    def symlink(self, target: bytes, path: bytes) -> None:
+        os.symlink(target, path)
+
+    def replace(self, source: bytes, destination: bytes) -> None:
+        os.replace(source, destination)
+
+
+names = Names()
+
+
+def use_names(other: Names) -> None:
+    """Make names in another way from now on."""
+    global names
+    names = other
 
 
 def refused(path: bytes, number: int, words: str) -> OSError:
@@ -64,25 +86,25 @@ def parent_without_links(path: bytes) -> Iterator[tuple[int, bytes]]:
     Raises:
         NotADirectoryError: if a link is on the way.
     """
-    names = [name for name in path.split(b"/") if name]
+    parts = [part for part in path.split(b"/") if part]
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     fd = os.open(b"/", flags)
     try:
-        for name in names[:-1]:
-            inner = os.open(name, flags | os.O_NOFOLLOW, dir_fd=fd)
+        for part in parts[:-1]:
+            inner = os.open(part, flags | os.O_NOFOLLOW, dir_fd=fd)
             os.close(fd)
             fd = inner
-        yield fd, names[-1] if names else b"."
+        yield fd, parts[-1] if parts else b"."
     finally:
         os.close(fd)
 
 
 def _open(path: bytes, flags: int, *, follow: bool, mode: int = 0o666) -> int:
     if follow:
-        return os.open(path, flags, mode)
+        return names.open(path, flags, mode)
     with parent_without_links(path) as (parent, name):
         try:
-            return os.open(name, flags | os.O_NOFOLLOW, mode, dir_fd=parent)
+            return names.open(name, flags | os.O_NOFOLLOW, mode, dir_fd=parent)
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise has_link(path) from None
@@ -112,7 +134,7 @@ def open_to_write(turn: Turn, path: bytes, *, keep: bool) -> int:
         found = stat_path(path)
         if not found.is_file:
             raise not_a_file(path, directory=found.is_directory)
-    fd = os.open(path, _WRITTEN | os.O_CREAT, 0o666)
+    fd = names.open(path, _WRITTEN | os.O_CREAT)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise not_a_file(path, directory=False)
@@ -177,6 +199,23 @@ def write_file(turn: Turn, path: bytes, data: bytes, *, follow: bool) -> int | N
     return None
 
 
+def write_file_waiting(turn: Turn, path: bytes, data: bytes, *, follow: bool) -> None:
+    """The same with nobody else to wait: for a fifo's reader, and until a device has taken it all."""
+    try:
+        fd = write_file(turn, path, data, follow=follow)
+    except OSError as error:
+        if error.errno != errno.ENXIO or not is_fifo(turn, path):
+            raise
+        fd = _open(path, _WRITTEN & ~os.O_NONBLOCK, follow=follow)
+    if fd is None:
+        return
+    try:
+        os.set_blocking(fd, True)
+        overwrite(turn, fd, data)
+    finally:
+        os.close(fd)
+
+
 def is_fifo(turn: Turn, path: bytes) -> bool:
     return stat.S_ISFIFO(stat_path(path).mode)
 
@@ -199,36 +238,26 @@ def sync(turn: Turn, fd: int) -> None:
 # Looking.
 
 
-def metadata_of(found: Stat, *, is_symlink: bool) -> FileMetadata:
-    return FileMetadata(
-        is_directory=found.is_directory,
-        is_file=found.is_file,
-        is_symlink=is_symlink,
-        size=found.size,
-        created_at_ms=found.created_ms or 0,
-        modified_at_ms=found.modified_ms,
-        mode=stat.S_IMODE(found.mode),
-    )
-
-
-def get_metadata(turn: Turn, path: bytes, *, follow: bool) -> FileMetadata:
+def get_metadata(turn: Turn, path: bytes, *, follow: bool) -> tuple[Stat, bool]:
+    """What a path leads to, and whether it is a link itself."""
     if not follow:
         with parent_without_links(path) as (parent, name):
             found = stat_path(name, follow=False, dir_fd=parent)
         if found.is_symlink:
             raise has_link(path)
-        return metadata_of(found, is_symlink=False)
+        return found, False
     found = stat_path(path, follow=False)
     if found.is_symlink:
-        return metadata_of(stat_path(path), is_symlink=True)
-    return metadata_of(found, is_symlink=False)
+        return stat_path(path), True
+    return found, False
 
 
 def canonicalize(turn: Turn, path: bytes) -> bytes:
     return os.path.realpath(path, strict=True)
 
 
-def read_directory(turn: Turn, path: bytes) -> tuple[DirectoryEntry, ...]:
+def read_directory(turn: Turn, path: bytes) -> list[tuple[bytes, bool, bool]]:
+    """Name, whether it is a directory and whether it is a file, of each that leads somewhere."""
     entries = []
     with os.scandir(path) as found:
         for entry in found:
@@ -240,66 +269,85 @@ def read_directory(turn: Turn, path: bytes) -> tuple[DirectoryEntry, ...]:
                     entry.stat()
             except OSError:  # a link that leads nowhere, or in a circle
                 continue
-            entries.append(DirectoryEntry(entry.name.decode(errors="replace"), is_directory, is_file))
-    return tuple(entries)
+            entries.append((entry.name, is_directory, is_file))
+    return entries
 
 
-def walk(turn: Turn, path: bytes, options: WalkOptions) -> WalkResult:
+class Walk:
+    """What a walk found: paths with whether it is a directory; paths with the errno that kept it out."""
+
+    __slots__ = ("entries", "errors", "truncated")
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[bytes, bool]] = []
+        self.errors: list[tuple[bytes, int]] = []
+        self.truncated = False
+
+
+def walk(
+    turn: Turn,
+    path: bytes,
+    *,
+    max_depth: int,
+    max_directories: int,
+    max_entries: int,
+    follow_directories: bool,
+    prune_hidden: bool,
+) -> Walk:
     """Breadth first, by name inside a directory (§5.10)."""
-    if not options.max_directories or not options.max_entries:
+    if not max_directories or not max_entries:
         raise refused(path, errno.EINVAL, "filesystem walk limits must be greater than zero")
+    result = Walk()
+    entries, errors = result.entries, result.errors
     root = os.lstat(path)
     if not stat.S_ISDIR(root.st_mode):
-        return WalkResult((), (), False)
-    limit = min(options.max_entries, MAX_WALK_ENTRIES)
-    entries: list[WalkEntry] = []
-    errors: list[WalkError] = []
+        return result
+    limit = min(max_entries, MAX_WALK_ENTRIES)
     seen = {(root.st_dev, root.st_ino)}
     opened = 0
     waiting = deque([(path.rstrip(b"/"), 0)])
     while waiting:
         turn.check()
         directory, depth = waiting.popleft()
-        if opened == options.max_directories:
-            return WalkResult(tuple(entries), tuple(errors), True)
+        if opened == max_directories:
+            result.truncated = True
+            return result
         opened += 1
         try:
             with os.scandir(directory or b"/") as found:
                 children = sorted(found, key=lambda entry: entry.name)
         except OSError as error:
-            errors.append(_walk_error(directory or b"/", error))
+            errors.append((directory or b"/", error.errno or 0))
             continue
         for entry in children:
             turn.check()
             try:
-                kind = _kind(entry, options)
-                inner = entry.stat() if kind == "directory" and depth < options.max_depth else None
+                is_directory = _is_directory(entry, follow_directories)
+                inner = entry.stat() if is_directory and depth < max_depth else None
             except OSError as error:
-                errors.append(_walk_error(entry.path, error))
+                errors.append((entry.path, error.errno or 0))
                 continue
-            if kind is None:
+            if is_directory is None:
                 continue
             if len(entries) == limit or len(errors) > limit:
-                return WalkResult(tuple(entries), tuple(errors), True)
-            entries.append(WalkEntry(PathUri.from_native(entry.path), kind))
-            if inner is None or (options.prune_hidden_directories and entry.name.startswith(b".")):
+                result.truncated = True
+                return result
+            entries.append((entry.path, is_directory))
+            if inner is None or (prune_hidden and entry.name.startswith(b".")):
                 continue
             if (inner.st_dev, inner.st_ino) not in seen:
                 seen.add((inner.st_dev, inner.st_ino))
                 waiting.append((entry.path, depth + 1))
-    return WalkResult(tuple(entries), tuple(errors), False)
+    return result
 
 
-def _kind(entry: os.DirEntry[bytes], options: WalkOptions) -> FileKind | None:
+def _is_directory(entry: os.DirEntry[bytes], follow_directories: bool) -> bool | None:
+    """Whether it is a directory, or else a file; `None` for what a walk leaves out."""
     if entry.is_symlink():
-        return "directory" if options.follow_directory_symlinks and entry.is_dir() else None
+        return True if follow_directories and entry.is_dir() else None
     if entry.is_dir():
-        return "directory"
-    return "file" if entry.is_file() else None
-
-
-def _walk_error(path: bytes, error: OSError) -> WalkError:
-    return WalkError(PathUri.from_native(path), os_error_text(error))
+        return True
+    return False if entry.is_file() else None
 
 
 # Changing.
@@ -309,18 +357,18 @@ def create_directory(turn: Turn, path: bytes, *, recursive: bool, follow: bool) 
     if follow:
         _create_directory(turn, path, recursive=recursive)
         return
-    names = [name for name in path.split(b"/") if name]
+    parts = [part for part in path.split(b"/") if part]
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
     fd = os.open(b"/", flags)
     try:
-        for number, name in enumerate(names, 1):
-            if recursive or number == len(names):
+        for number, part in enumerate(parts, 1):
+            if recursive or number == len(parts):
                 try:
-                    os.mkdir(name, dir_fd=fd)
+                    names.mkdir(part, dir_fd=fd, recursive=recursive)
                 except FileExistsError:
                     if not recursive:
                         raise
-            inner = os.open(name, flags, dir_fd=fd)
+            inner = os.open(part, flags, dir_fd=fd)
             os.close(fd)
             fd = inner
     finally:
@@ -329,14 +377,14 @@ def create_directory(turn: Turn, path: bytes, *, recursive: bool, follow: bool) 
 
 def _create_directory(turn: Turn, path: bytes, *, recursive: bool) -> None:
     if not recursive:
-        os.mkdir(path)
+        names.mkdir(path)
         return
     missing = []
     current = path.rstrip(b"/") or b"/"
     while True:
         turn.check()
         try:
-            os.mkdir(current)
+            names.mkdir(current, recursive=True)
             break
         except FileNotFoundError:
             missing.append(current)
@@ -350,7 +398,7 @@ def _create_directory(turn: Turn, path: bytes, *, recursive: bool) -> None:
             break
     for directory in reversed(missing):
         with suppress(FileExistsError):  # somebody else made it meanwhile
-            os.mkdir(directory)
+            names.mkdir(directory, recursive=True)
 
 
 def remove(turn: Turn, path: bytes, *, recursive: bool, force: bool, follow: bool) -> None:
@@ -435,7 +483,7 @@ def _remove_files(turn: Turn, fd: int) -> list[bytes]:
 
 
 def rename(turn: Turn, source: bytes, destination: bytes, *, sync: bool) -> None:
-    os.replace(source, destination)
+    names.replace(source, destination)
     if not sync:
         return
     with suppress(OSError):  # a file system that cannot sync a directory
@@ -467,13 +515,20 @@ def copy(turn: Turn, source: bytes, destination: bytes, *, recursive: bool) -> i
             raise refused(source, errno.EISDIR, words)
         _copy_tree(turn, source, destination)
     elif stat.S_ISLNK(found.st_mode):
-        os.symlink(os.readlink(source), destination)
+        names.symlink(os.readlink(source), destination)
     elif stat.S_ISREG(found.st_mode):
         special = _copy_file(turn, source, destination)
         return None if special is None else turn.hand_over(special)
     else:
         raise refused(source, errno.EINVAL, "fs/copy only supports regular files, directories, and symlinks")
     return None
+
+
+def copy_waiting(turn: Turn, source: bytes, destination: bytes, *, recursive: bool) -> None:
+    """The same with nobody else to wait for a fifo or a device."""
+    special = copy(turn, source, destination, recursive=recursive)
+    if special is not None:
+        _copy_to_special(turn, source, special)
 
 
 def _copy_tree(turn: Turn, source: bytes, destination: bytes) -> None:
@@ -492,7 +547,7 @@ def _copy_tree(turn: Turn, source: bytes, destination: bytes) -> None:
                 turn.check()
                 inner = os.path.join(copied, entry.name)
                 if entry.is_symlink():
-                    os.symlink(os.readlink(entry.path), inner)
+                    names.symlink(os.readlink(entry.path), inner)
                 elif entry.is_dir():
                     waiting.append((entry.path, inner))
                 elif entry.is_file():
@@ -503,11 +558,11 @@ def _copy_tree(turn: Turn, source: bytes, destination: bytes) -> None:
 
 def _copy_file(turn: Turn, source: bytes, destination: bytes) -> int | None:
     """`None` when it is done; a descriptor of the destination, if that is a fifo or a device."""
-    reader = os.open(source, _LOOKED)
+    reader = names.open(source, _LOOKED)
     try:
         found = os.fstat(reader)
         mode = stat.S_IMODE(found.st_mode)
-        writer = os.open(destination, _WRITTEN | os.O_CREAT, mode)
+        writer = names.open(destination, _WRITTEN | os.O_CREAT, mode)
         try:
             before = os.fstat(writer)
             if os.path.samestat(found, before):

@@ -11,20 +11,36 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypedDict, TypeVar
 
 import trio
 
 from execenv.abc import FileHandle, FileSystem, Watch
-from execenv.errors import NotSupported, file_error
+from execenv.errors import NotSupported, file_error, os_error_text
 from execenv.local import disk
-from execenv.local.mounts import Mounts, Stat, stat_now
-from execenv.local.threads import Turn, run_in_thread
+from execenv.local.mounts import Mounts
+from execenv.local.stat import Stat, stat_now
+from execenv.local.threads import run_in_thread
+from execenv.local.turn import Turn
 from execenv.local.watch import open_watch
 from execenv.paths import PathUri
-from execenv.protocol import DirectoryEntry, FileMetadata, OpenMode, WalkOptions, WalkResult
+from execenv.protocol import (
+    DirectoryEntry,
+    FileMetadata,
+    OpenMode,
+    WalkEntry,
+    WalkError,
+    WalkOptions,
+    WalkResult,
+)
+from execenv.sandbox.plan import execution
+from execenv.sandbox.policy import Sandbox
+
+if TYPE_CHECKING:
+    from execenv.local.facts import Plans
+    from execenv.local.helpers import Helpers
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,8 +64,25 @@ _WRITE = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY
 
 
 class LocalFileSystem(FileSystem):
-    def __init__(self, mounts: Mounts) -> None:
+    """Files without limits, and the way to those under a sandbox.
+
+    Args:
+        plans, helpers: for sandboxes; `None` where there can be none.
+    """
+
+    def __init__(self, mounts: Mounts, plans: Plans | None = None, helpers: Helpers | None = None) -> None:
         self._mounts = mounts
+        self._plans = plans
+        self._helpers = helpers
+
+    def confined(self, sandbox: Sandbox) -> FileSystem:
+        from execenv.local.confined import ConfinedFileSystem
+
+        if execution(sandbox) == "direct":
+            return self
+        if self._plans is None or self._helpers is None:
+            return super().confined(sandbox)
+        return ConfinedFileSystem(self, sandbox, self._mounts, self._plans, self._helpers)
 
     async def read_file(self, path: PathUri, *, follow_symlinks: bool = True) -> bytes:
         data = self.read_file_nowait(path) if follow_symlinks else None
@@ -57,6 +90,10 @@ class LocalFileSystem(FileSystem):
             return await self._run(disk.read_file, path, follow=follow_symlinks)
         await trio.lowlevel.checkpoint()
         return data
+
+    async def read_small(self, path: PathUri, *, follow_symlinks: bool = True) -> bytes | None:
+        await trio.lowlevel.checkpoint()
+        return self.read_file_nowait(path) if follow_symlinks else None
 
     async def write_file(self, path: PathUri, data: bytes, *, follow_symlinks: bool = True) -> None:
         if follow_symlinks and self.write_file_nowait(path, data):
@@ -86,7 +123,7 @@ class LocalFileSystem(FileSystem):
     def _open_fifo(self, path: PathUri) -> int | None:
         """What nobody read a moment ago; `None` if that is still so, -1 if it must be looked at anew."""
         try:
-            fd = self._mounts.open_now(_native(path), _WRITE)
+            fd = self._mounts.open_now(native_path(path), _WRITE)
         except OSError as error:
             return None if error.errno == errno.ENXIO else -1
         if fd is not None and stat.S_ISREG(os.fstat(fd).st_mode):
@@ -105,7 +142,7 @@ class LocalFileSystem(FileSystem):
                 except BlockingIOError:
                     await trio.lowlevel.wait_writable(fd)
         except OSError as error:
-            raise _named(error, path) from None
+            raise named_error(error, path) from None
 
     async def create_directory(
         self, path: PathUri, *, recursive: bool = True, follow_symlinks: bool = True
@@ -115,7 +152,7 @@ class LocalFileSystem(FileSystem):
     async def get_metadata(self, path: PathUri, *, follow_symlinks: bool = True) -> FileMetadata:
         found = self.get_metadata_nowait(path) if follow_symlinks else None
         if found is None:
-            return await self._run(disk.get_metadata, path, follow=follow_symlinks)
+            return await self._run(_get_metadata, path, follow=follow_symlinks)
         await trio.lowlevel.checkpoint()
         return found
 
@@ -123,20 +160,20 @@ class LocalFileSystem(FileSystem):
         return PathUri.from_native(await self._run(disk.canonicalize, path))
 
     async def read_directory(self, path: PathUri) -> tuple[DirectoryEntry, ...]:
-        limiter = self._mounts.limiter(_native(path), deep=True)
-        return await self._run_in(limiter, disk.read_directory, path)
+        limiter = self._mounts.limiter(native_path(path), deep=True)
+        return await self._run_in(limiter, _read_directory, path)
 
     async def remove(
         self, path: PathUri, *, recursive: bool = True, force: bool = True, follow_symlinks: bool = True
     ) -> None:
-        limiter = self._mounts.limiter(_native(path), deep=recursive)
+        limiter = self._mounts.limiter(native_path(path), deep=recursive)
         await self._run_in(
             limiter, disk.remove, path, recursive=recursive, force=force, follow=follow_symlinks
         )
 
     async def copy(self, source: PathUri, destination: PathUri, *, recursive: bool) -> None:
-        native = _native(destination)
-        limiter = self._mounts.limiter(_native(source), native, deep=recursive)
+        native = native_path(destination)
+        limiter = self._mounts.limiter(native_path(source), native, deep=recursive)
         special = await self._run_in(limiter, disk.copy, source, native, recursive=recursive)
         if special is None:
             return
@@ -152,8 +189,8 @@ class LocalFileSystem(FileSystem):
             os.close(special)
 
     async def walk(self, path: PathUri, options: WalkOptions) -> WalkResult:
-        limiter = self._mounts.limiter(_native(path), deep=True)
-        return await self._run_in(limiter, disk.walk, path, options)
+        limiter = self._mounts.limiter(native_path(path), deep=True)
+        return await self._run_in(limiter, _walk, path, options)
 
     async def open(
         self, path: PathUri, mode: OpenMode = "read", *, follow_symlinks: bool = True
@@ -169,20 +206,20 @@ class LocalFileSystem(FileSystem):
             fd = await self._run(disk.open_to_read, path, follow=follow_symlinks)
         else:
             fd = await self._run(disk.open_to_write, path, keep=mode == "update")
-        return LocalFileHandle(fd, path, self._mounts.limiter(_native(path)), quick=False)
+        return LocalFileHandle(fd, path, self._mounts.limiter(native_path(path)), quick=False)
 
     @asynccontextmanager
     async def watch_missing(
         self, missing: tuple[PathUri, ...], present: PathUri | None = None
     ) -> AsyncIterator[Watch | None]:
-        natives = [_native(path) for path in missing]
-        there = None if present is None else _native(present)
+        natives = [native_path(path) for path in missing]
+        there = None if present is None else native_path(present)
         async with open_watch(natives, there, self._mounts) as watch:
             yield watch
 
     async def rename(self, source: PathUri, destination: PathUri, *, sync: bool = False) -> None:
-        native = _native(destination)
-        limiter = self._mounts.limiter(_native(source), native)
+        native = native_path(destination)
+        limiter = self._mounts.limiter(native_path(source), native)
         await self._run_in(limiter, disk.rename, source, native, sync=sync)
 
     async def can_transfer(self) -> bool:
@@ -198,7 +235,7 @@ class LocalFileSystem(FileSystem):
     async def _run(
         self, work: Callable[Concatenate[Turn, bytes, P], T], path: PathUri, *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        limiter = self._mounts.limiter(_native(path))
+        limiter = self._mounts.limiter(native_path(path))
         return await self._run_in(limiter, work, path, *args, **kwargs)
 
     async def _run_in(
@@ -209,27 +246,27 @@ class LocalFileSystem(FileSystem):
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T:
-        native = _native(path)
+        native = native_path(path)
         try:
             return await run_in_thread(limiter, lambda turn: work(turn, native, *args, **kwargs))
         except OSError as error:
-            raise _named(error, path) from None
+            raise named_error(error, path) from None
 
     # At once.
 
     def get_metadata_nowait(self, path: PathUri) -> FileMetadata | None:
-        native = _native(path)
+        native = native_path(path)
         try:
             found = self._look(native, os.O_NOFOLLOW)
             is_symlink = found is not None and found.is_symlink
             if is_symlink:
                 found = self._look(native, 0)
-            return None if found is None else disk.metadata_of(found, is_symlink=is_symlink)
+            return None if found is None else metadata_of(found, is_symlink=is_symlink)
         except OSError as error:
-            raise _named(error, path) from None
+            raise named_error(error, path) from None
 
     def read_file_nowait(self, path: PathUri) -> bytes | None:
-        native = _native(path)
+        native = native_path(path)
         try:
             found = self._look(native, 0)
             if found is None:
@@ -247,12 +284,12 @@ class LocalFileSystem(FileSystem):
                 os.close(fd)
             return data if len(data) <= found.size else None  # it is growing
         except OSError as error:
-            raise _named(error, path) from None
+            raise named_error(error, path) from None
 
     def write_file_nowait(self, path: PathUri, data: bytes) -> bool:
         if len(data) > QUICK_BYTES:
             return False
-        native = _native(path)
+        native = native_path(path)
         try:
             fd = self._open_to_write(native)
             if fd is None:
@@ -263,10 +300,10 @@ class LocalFileSystem(FileSystem):
                 os.close(fd)
             return True
         except OSError as error:
-            raise _named(error, path) from None
+            raise named_error(error, path) from None
 
     def open_nowait(self, path: PathUri, mode: OpenMode) -> FileHandle | None:
-        native = _native(path)
+        native = native_path(path)
         try:
             if mode == "read":
                 found = self._look(native, 0)
@@ -278,7 +315,7 @@ class LocalFileSystem(FileSystem):
                 if fd is not None and mode == "replace":
                     disk.empty(fd)
         except OSError as error:
-            raise _named(error, path) from None
+            raise named_error(error, path) from None
         if fd is None:
             return None
         return LocalFileHandle(fd, path, self._mounts.limiter(native), quick=True)
@@ -339,7 +376,7 @@ class LocalFileHandle(FileHandle):
         try:
             return os.pread(self._fd, size, offset)
         except OSError as error:
-            raise _named(error, self._path) from None
+            raise named_error(error, self._path) from None
 
     def write_nowait(self, offset: int, data: bytes) -> bool:
         if not self._quick or len(data) > QUICK_BYTES:
@@ -348,7 +385,7 @@ class LocalFileHandle(FileHandle):
         try:
             disk.write_at(Turn(), self._fd, offset, data)
         except OSError as error:
-            raise _named(error, self._path) from None
+            raise named_error(error, self._path) from None
         return True
 
     async def read(self, offset: int, size: int) -> bytes:
@@ -394,7 +431,7 @@ class LocalFileHandle(FileHandle):
                     os.close, fd, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1)
                 )
         except OSError as error:
-            raise _named(error, self._path) from None
+            raise named_error(error, self._path) from None
 
     def _check(self, offset: int) -> None:
         if self._closed:
@@ -420,10 +457,82 @@ class LocalFileHandle(FileHandle):
         try:
             return await run_in_thread(self._limiter, with_fd)
         except OSError as error:
-            raise _named(error, self._path) from None
+            raise named_error(error, self._path) from None
 
 
-def _native(path: PathUri) -> bytes:
+# What `disk` found, as the protocol has it. Listings may be long: in threads.
+
+
+def metadata_of(found: Stat, *, is_symlink: bool) -> FileMetadata:
+    return FileMetadata(
+        is_directory=found.is_directory,
+        is_file=found.is_file,
+        is_symlink=is_symlink,
+        size=found.size,
+        created_at_ms=found.created_ms or 0,
+        modified_at_ms=found.modified_ms,
+        mode=stat.S_IMODE(found.mode),
+    )
+
+
+def directory_entries(found: Iterable[tuple[bytes, bool, bool]]) -> tuple[DirectoryEntry, ...]:
+    return tuple(
+        DirectoryEntry(name.decode(errors="replace"), is_directory, is_file)
+        for name, is_directory, is_file in found
+    )
+
+
+def walk_result(
+    entries: Iterable[tuple[bytes, bool]], errors: Iterable[tuple[bytes, int]], truncated: bool
+) -> WalkResult:
+    return WalkResult(
+        tuple(
+            WalkEntry(PathUri.from_native(path), "directory" if is_directory else "file")
+            for path, is_directory in entries
+        ),
+        tuple(
+            WalkError(PathUri.from_native(path), os_error_text(OSError(number, "")))
+            for path, number in errors
+        ),
+        truncated,
+    )
+
+
+def _get_metadata(turn: Turn, path: bytes, *, follow: bool) -> FileMetadata:
+    found, is_symlink = disk.get_metadata(turn, path, follow=follow)
+    return metadata_of(found, is_symlink=is_symlink)
+
+
+def _read_directory(turn: Turn, path: bytes) -> tuple[DirectoryEntry, ...]:
+    return directory_entries(disk.read_directory(turn, path))
+
+
+def _walk(turn: Turn, path: bytes, options: WalkOptions) -> WalkResult:
+    found = disk.walk(turn, path, **walk_limits(options))
+    return walk_result(found.entries, found.errors, found.truncated)
+
+
+class WalkLimits(TypedDict):
+    """The options of a walk, as `disk` takes them."""
+
+    max_depth: int
+    max_directories: int
+    max_entries: int
+    follow_directories: bool
+    prune_hidden: bool
+
+
+def walk_limits(options: WalkOptions) -> WalkLimits:
+    return WalkLimits(
+        max_depth=options.max_depth,
+        max_directories=options.max_directories,
+        max_entries=options.max_entries,
+        follow_directories=options.follow_directory_symlinks,
+        prune_hidden=options.prune_hidden_directories,
+    )
+
+
+def native_path(path: PathUri) -> bytes:
     """The path here. One that no call takes is refused here; some work would look at it for long."""
     native = path.to_native()
     if len(native) >= PATH_MAX:
@@ -431,6 +540,6 @@ def _native(path: PathUri) -> bytes:
     return native
 
 
-def _named(error: OSError, path: PathUri) -> OSError:
+def named_error(error: OSError, path: PathUri) -> OSError:
     """The same error with the path that the caller gave; descriptors and parents mean nothing to it."""
     return file_error(error.errno or errno.EIO, path, error.strerror)

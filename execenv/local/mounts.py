@@ -16,13 +16,12 @@ import ctypes
 import errno
 import os
 import select
-import stat
-import struct
 import sys
 from functools import cache
-from typing import NamedTuple
 
 import trio
+
+from execenv.local.stat import libc, stat_now
 
 LOCAL_TYPES = frozenset(
     b"""bcachefs btrfs devtmpfs erofs exfat ext2 ext3 ext4 f2fs hfsplus iso9660 jfs ntfs3 overlay ramfs
@@ -38,95 +37,11 @@ _THREADS_ELSEWHERE = 8
 
 _SYS_OPENAT2 = 437
 _AT_FDCWD = -100
-_AT_EMPTY_PATH = 0x1000
-_AT_STATX_DONT_SYNC = 0x4000
 _RESOLVE_NO_XDEV = 0x01
 _RESOLVE_CACHED = 0x20
 _UNDECIDED = frozenset(
     (errno.EAGAIN, errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.E2BIG, errno.EXDEV, errno.EINTR)
 )
-_STATX_BASIC_STATS = 0x7FF
-_STATX_BTIME = 0x800
-_STATX_MNT_ID = 0x1000
-_STATX_SIZE = 256
-_STATX = struct.Struct("=I24xHxxQQ32xqI20xqI20xQ")
-"""Mask, mode, inode, size, time of creation, time of the last change, mount (struct statx of statx(2))."""
-
-
-class Stat(NamedTuple):
-    """What `statx` said. `created` is `None` where the file system does not know; times are in ms."""
-
-    mode: int
-    size: int
-    inode: int
-    mount_id: int | None
-    created_ms: int | None
-    modified_ms: int
-
-    @property
-    def is_file(self) -> bool:
-        return stat.S_ISREG(self.mode)
-
-    @property
-    def is_directory(self) -> bool:
-        return stat.S_ISDIR(self.mode)
-
-    @property
-    def is_symlink(self) -> bool:
-        return stat.S_ISLNK(self.mode)
-
-
-@cache
-def _libc() -> ctypes.CDLL | None:
-    return ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-
-@cache
-def _has_statx() -> bool:
-    return hasattr(_libc(), "statx")
-
-
-def stat_now(fd: int) -> Stat | None:
-    """What the kernel knows of an open file without asking anybody; `None` if there is no such call."""
-    return _statx(fd, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC)
-
-
-def stat_path(path: bytes, *, follow: bool = True, dir_fd: int | None = None) -> Stat:
-    """`os.stat` with the time of creation, where the kernel has it. May wait."""
-    found = _statx(_AT_FDCWD if dir_fd is None else dir_fd, path, 0 if follow else 0x100)
-    if found is not None:
-        return found
-    plain = os.stat(path, dir_fd=dir_fd, follow_symlinks=follow)
-    born = getattr(plain, "st_birthtime", None)  # macOS
-    return Stat(
-        plain.st_mode,
-        plain.st_size,
-        plain.st_ino,
-        None,
-        None if born is None else int(born * 1000),
-        plain.st_mtime_ns // 1_000_000,
-    )
-
-
-def _statx(fd: int, path: bytes, flags: int) -> Stat | None:
-    libc = _libc()
-    if libc is None or not _has_statx():
-        return None
-    buffer = ctypes.create_string_buffer(_STATX_SIZE)
-    if libc.statx(fd, path, flags, _STATX_BASIC_STATS | _STATX_BTIME | _STATX_MNT_ID, buffer):
-        number = ctypes.get_errno()
-        if number in (errno.ENOSYS, errno.EPERM) and flags & _AT_EMPTY_PATH:
-            return None
-        raise OSError(number, os.strerror(number), path)
-    mask, mode, inode, size, born, born_ns, modified, modified_ns, mount_id = _STATX.unpack_from(buffer)
-    return Stat(
-        mode,
-        size,
-        inode,
-        mount_id if mask & _STATX_MNT_ID else None,
-        born * 1000 + born_ns // 1_000_000 if mask & _STATX_BTIME else None,
-        modified * 1000 + modified_ns // 1_000_000,
-    )
 
 
 @cache
@@ -134,12 +49,12 @@ def _how(flags: int, mode: int, resolve: int) -> ctypes.Array[ctypes.c_uint64]:
     return (ctypes.c_uint64 * 3)(flags | os.O_CLOEXEC, mode, resolve)
 
 
-def _openat2(dir_fd: int, path: bytes, flags: int, resolve: int, mode: int = 0) -> int | None:
+def openat2(dir_fd: int, path: bytes, flags: int, resolve: int, mode: int = 0) -> int | None:
     """A descriptor; `None` if it cannot be had under the rules of `resolve`, or there is no such call."""
-    libc = _libc()
-    if libc is None:
+    library = libc()
+    if library is None:
         return None
-    fd: int = libc.syscall(_SYS_OPENAT2, dir_fd, path, _how(flags, mode, resolve), 24)
+    fd: int = library.syscall(_SYS_OPENAT2, dir_fd, path, _how(flags, mode, resolve), 24)
     if fd >= 0:
         return fd
     number = ctypes.get_errno()
@@ -158,6 +73,7 @@ class Mounts:
         self._poll: select.poll | None = None
         self._fd = -1
         self._local_ids: frozenset[int] = frozenset()
+        self._local_devices: frozenset[int] = frozenset()
         self._points: list[tuple[bytes, bool]] = []
         self._limiters: dict[bytes, trio.CapacityLimiter] = {}
         self._local_limiter = trio.CapacityLimiter(_THREADS_LOCAL)
@@ -183,6 +99,14 @@ class Mounts:
         self._refresh()
         return mount_id in self._local_ids
 
+    def is_local_device(self, device: int) -> bool:
+        """The same for a file that was opened in another mount namespace, by its `st_dev`.
+
+        Some file systems give their files other numbers than they are mounted under: those don't count.
+        """
+        self._refresh()
+        return device in self._local_devices
+
     def open_now(self, path: bytes, flags: int, mode: int = 0) -> int | None:
         """`os.open` of what is on a file system of this machine; `None` if that is not certain.
 
@@ -193,13 +117,13 @@ class Mounts:
             OSError: why it cannot be opened.
         """
         if not flags & os.O_CREAT:
-            fd = _openat2(_AT_FDCWD, path, flags, _RESOLVE_CACHED)
+            fd = openat2(_AT_FDCWD, path, flags, _RESOLVE_CACHED)
             if fd is not None:
                 return fd
         directory, _, name = path.rpartition(b"/")
         if not name:
             return None
-        parent = _openat2(_AT_FDCWD, directory or b"/", os.O_PATH | os.O_DIRECTORY, _RESOLVE_CACHED)
+        parent = openat2(_AT_FDCWD, directory or b"/", os.O_PATH | os.O_DIRECTORY, _RESOLVE_CACHED)
         if parent is None:
             return None
         try:
@@ -207,7 +131,7 @@ class Mounts:
             if found is None or not self.is_local(found.mount_id):
                 return None
             # Only the disk is asked now: the name is in this directory, and of this mount or refused.
-            fd = _openat2(parent, name, flags | os.O_NOFOLLOW, _RESOLVE_NO_XDEV, mode)
+            fd = openat2(parent, name, flags | os.O_NOFOLLOW, _RESOLVE_NO_XDEV, mode)
             if fd is not None and flags & (os.O_PATH | os.O_NOFOLLOW) == os.O_PATH:
                 found = stat_now(fd)  # with O_PATH a link itself is opened, and not refused
                 if found is None or found.is_symlink:
@@ -263,14 +187,18 @@ class Mounts:
             data += part
         points: dict[bytes, bool] = {}
         local_ids = set()
+        devices: dict[int, bool] = {}
         for line in data.split(b"\n")[:-1]:  # not at a carriage return, which a name may hold
             fields, _, rest = line.partition(b" - ")
             words = fields.split(b" ")
             local = rest.split(b" ", 1)[0] in LOCAL_TYPES
             points[_unescaped(words[4])] = local  # the last one covers those before it
+            major, _, minor = words[2].partition(b":")
+            devices[os.makedev(int(major), int(minor))] = local
             if local:
                 local_ids.add(int(words[0]))
         self._local_ids = frozenset(local_ids)
+        self._local_devices = frozenset(device for device, local in devices.items() if local)
         self._points = sorted(points.items(), key=lambda item: -len(item[0]))
         self._limiters = {
             point: limiter for point, limiter in self._limiters.items() if points.get(point) is False

@@ -109,6 +109,17 @@ class OutputLog:
         while self._chunks:
             self._drop_oldest()
 
+    def newest(self) -> bytes:
+        """What is usually retained, of all streams, in its order."""
+        left = self._retained_bytes
+        chunks: list[bytes] = []
+        for event in reversed(self._chunks):
+            left -= len(event.data)
+            if left < 0 and chunks:
+                break
+            chunks.append(event.data)
+        return b"".join(reversed(chunks))
+
     @property
     def size(self) -> int:
         """Bytes of output that are kept now."""

@@ -22,6 +22,7 @@ import trio
 from execenv.abc import Event, KillReceipt, Process, Processes, Sink, Termination
 from execenv.errors import InternalError, InvalidParams, InvalidRequest, NotSupported, os_error_text
 from execenv.local import spawn as spawning
+from execenv.local.confinement import Confinement
 from execenv.local.environment import child_environment
 from execenv.local.output_log import RETAINED_BYTES, OutputLog
 from execenv.local.tree import (
@@ -36,7 +37,8 @@ from execenv.local.tree import (
 from execenv.local.watchdog import Watchdog
 from execenv.paths import ForeignPathError
 from execenv.protocol import ProcessReadResult, ProcessStartParams
-from execenv.sandbox.policy import is_unrestricted
+from execenv.sandbox.denied import looks_denied
+from execenv.sandbox.policy import Sandbox
 
 logger = getLogger(__name__)
 
@@ -46,6 +48,8 @@ STDIN_CHUNKS = 128  # protocol.md §4.6
 STDIN_BYTES = 1024 * 1024
 WRITE_IDS = 4096
 KILL_PATIENCE = 5.0
+START_PATIENCE = 5.0
+"""Seconds that a signal waits for a program that is still being confined."""
 
 
 class LocalProcess(Process):
@@ -129,9 +133,19 @@ class LocalProcess(Process):
             spawning.resize(self._open["pty"], rows, columns)
 
     def _signal_group(self, signum: signal.Signals) -> None:
-        if not self._log.exited:  # not reaped, so the group's id is still its own
-            with suppress(ProcessLookupError, PermissionError):
+        if self._log.exited:
+            return
+        send = self._spawned.signal
+        if send is None:
+            with suppress(ProcessLookupError, PermissionError):  # not reaped, so its group's id is its own
                 os.killpg(self.pid, signum)
+        elif not send(signum):
+            self._owner.nursery.start_soon(self._signal_when_begun, send, signum)
+
+    async def _signal_when_begun(self, send: Callable[[int], bool], signum: int) -> None:
+        with trio.move_on_after(START_PATIENCE):
+            while not self._log.exited and not send(signum):  # noqa: ASYNC110
+                await trio.sleep(0.001)  # nothing tells when a program was executed
 
     async def terminate(self, *, receipt: bool = True, grace: float = 0.0) -> Termination:
         running = not self._log.exited
@@ -204,11 +218,13 @@ class LocalProcess(Process):
             await trio.sleep(0.01)
 
     def _note_exit(self) -> None:
-        code = self._spawned.poll()
+        polled = self._spawned.poll()
+        code = -1 if polled is None else polled
         self._root = self._root.reaped()
         self._owner.known.discard(self.pid)
         self._stdin.process_ended()
-        self._emit(self._log.exit(-1 if code is None else code))
+        denied = self._spawned.confined and code != 0 and looks_denied(code, self._log.newest())
+        self._emit(self._log.exit(code, denied))
         self._exited.set()
         try:
             left = self._leftovers()
@@ -234,6 +250,7 @@ class LocalProcess(Process):
             os.close(fd)
         self._open.clear()
         self._sinks.clear()
+        self._spawned.ended()
 
     async def _read_stream(self, name: str, fd: int) -> None:
         await trio.lowlevel.wait_readable(fd)
@@ -409,7 +426,7 @@ class LocalProcesses(Processes):
 
     Args:
         nursery: where they are supervised. Cancelling it ends them all.
-        marks, watchdog, known: shared by all environments of a server; see `Guard`.
+        marks, watchdog, known, confinement: shared by all environments of a server; see `Guard`.
         retained_bytes: how much output of each process is kept for reading again.
         ours: the environment variables that policies start from.
     """
@@ -420,11 +437,14 @@ class LocalProcesses(Processes):
         marks: Marks,
         watchdog: Watchdog,
         known: set[int],
+        confinement: Confinement,
         *,
         retained_bytes: int = RETAINED_BYTES,
         ours: Mapping[str, str] | None = None,
     ) -> None:
         self.nursery = nursery
+        self._confinement = confinement
+        self._starting: set[str] = set()
         self.retained_bytes = retained_bytes
         self.known = known
         self.closed = False
@@ -445,13 +465,16 @@ class LocalProcesses(Processes):
         await trio.lowlevel.checkpoint()
         if self.closed:
             raise InternalError("the environment is closed")
-        if params.process_id in self._by_id:
+        if params.process_id in self._by_id or params.process_id in self._starting:
             raise InvalidRequest(f"process {params.process_id} already exists")
-        # From here to the supervising task nothing may be cancelled or fail.
         self._watchdog.start()
         if self._watchdog.pid is not None:
             self.known.add(self._watchdog.pid)
-        spawned, root = self._spawn_marked(params, cwd, env)
+        if params.sandbox is not None and params.sandbox.profile.enforces:
+            spawned, root = await self._spawn_confined(params.sandbox, params, cwd, env)
+        else:
+            spawned, root = self._spawn_marked(params, cwd, env)
+        # From a spawn to the supervising task nothing may be cancelled or fail.
         self.known.add(spawned.pid)
         process = LocalProcess(self, params.process_id, spawned, root)
         if sink is not None:
@@ -459,6 +482,28 @@ class LocalProcesses(Processes):
         self._by_id[params.process_id] = process
         self.nursery.start_soon(process.supervise, name=f"process {spawned.pid}")
         return process
+
+    async def _spawn_confined(
+        self, sandbox: Sandbox, params: ProcessStartParams, cwd: bytes, env: dict[str, str]
+    ) -> tuple[spawning.Spawned, Root]:
+        self._starting.add(params.process_id)  # what comes now may take a moment
+        try:
+            spawned, root = await self._confinement.spawn(
+                sandbox,
+                params.argv,
+                cwd,
+                env,
+                arg0=params.arg0,
+                tty=params.tty,
+                pipe_stdin=params.pipe_stdin,
+            )
+        finally:
+            self._starting.discard(params.process_id)
+        if self.closed:
+            spawning.abandon(spawned)
+            self.known.discard(spawned.pid)
+            raise InternalError("the environment is closed")
+        return spawned, root
 
     def _spawn_marked(
         self, params: ProcessStartParams, cwd: bytes, env: dict[str, str]
@@ -504,6 +549,7 @@ def _native_cwd(params: ProcessStartParams) -> bytes:
 
 
 _UNSUPPORTED: dict[str, str] = {
+    "enforce_managed_network": "enforceManagedNetwork",
     "managed_network": "managedNetwork",
     "network_proxy": "networkProxy",
     "shell_snapshot": "shellSnapshot",
@@ -519,14 +565,9 @@ def refuse_unenforceable(params: ProcessStartParams) -> None:
         InvalidParams: if such an object lacks a member that it must have.
         NotSupported: otherwise.
     """
-    if not is_unrestricted(params.sandbox):
-        raise NotSupported(
-            "this exec-server cannot enforce a sandbox, so the process was not started; "
-            "start it without one (sandbox: null) if it may run unconfined"
-        )
     for attribute, member in _UNSUPPORTED.items():
         value = getattr(params, attribute)
-        if value is None:
+        if value is None or value is False:
             continue
         required = _REQUIRED_MEMBER.get(attribute)
         if required is not None and isinstance(value, dict) and required not in value:

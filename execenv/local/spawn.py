@@ -15,7 +15,7 @@ import signal
 import struct
 import subprocess
 import termios
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 
@@ -24,6 +24,7 @@ from attrs import define
 from execenv.errors import InternalError, NotSupported, os_error_text
 
 TTY_ROWS, TTY_COLUMNS = 24, 80  # protocol.md §11
+_WORDS = 4096
 
 
 @define(eq=False)
@@ -34,8 +35,12 @@ class Spawned:
         outputs: name and descriptor of each stream that is read until its end.
         stdin_fd: where stdin is written to; `None` when the child's stdin is /dev/null. For a terminal
             it is a second descriptor of the output.
-        pidfd: readable when the child has ended; `None` where there is no such thing, or no descriptor left.
         poll: reaps the child if it has ended; its exit code (128 + n for signal n), else `None`.
+        pidfd: readable when the child has ended; `None` where there is no such thing, or no descriptor left.
+        confined: a sandbox restricts it.
+        signal: sends a signal to the process group of the program, and is false while there is none yet;
+            `None`: that is the group of the child itself.
+        ended: called when the child has been reaped and its output has ended.
     """
 
     pid: int
@@ -44,6 +49,27 @@ class Spawned:
     tty: bool
     poll: Callable[[], int | None]
     pidfd: int | None
+    confined: bool = False
+    signal: Callable[[int], bool] | None = None
+    ended: Callable[[], None] = lambda: None
+
+    @classmethod
+    def of(
+        cls,
+        child: subprocess.Popen[bytes],
+        streams: Streams,
+        pidfd: int | None = None,
+        *,
+        tty: bool = False,
+        confined: bool = False,
+    ) -> Spawned:
+        """A child that `Popen` has started on these streams."""
+
+        def poll() -> int | None:
+            returncode = child.poll()
+            return None if returncode is None else exit_code_of(returncode)
+
+        return cls(child.pid, streams.outputs, streams.stdin_fd, tty, poll, pidfd, confined)
 
 
 def spawn(
@@ -54,12 +80,8 @@ def spawn(
     Raises:
         InternalError: with the words of protocol.md §4.1; nothing was started and nothing is left open.
     """
-    if not argv[0]:
-        raise InternalError(f"missing program for {'PTY' if tty else 'pipe'} spawn")
+    check_words(argv, env, arg0, tty=tty)
     try:
-        for word in (*argv, arg0 or "", *env, *env.values()):
-            if "\0" in word:
-                raise InternalError("nul byte found in provided data")
         spawned = _spawn_tty(argv, cwd, env, arg0) if tty else _spawn_pipes(argv, cwd, env, arg0, pipe_stdin)
     except OSError as error:
         raise InternalError(os_error_text(error)) from error
@@ -69,6 +91,19 @@ def spawn(
         with suppress(OSError):
             spawned.pidfd = os.pidfd_open(spawned.pid)
     return spawned
+
+
+def check_words(argv: Sequence[str], env: Mapping[str, str], arg0: str | None, *, tty: bool) -> None:
+    """Whether a program can be started with these at all.
+
+    Raises:
+        InternalError: with the words of protocol.md §4.1.
+    """
+    if not argv[0]:
+        raise InternalError(f"missing program for {'PTY' if tty else 'pipe'} spawn")
+    for word in (*argv, arg0 or "", *env, *env.values()):
+        if "\0" in word:
+            raise InternalError("nul byte found in provided data")
 
 
 def exit_code_of(returncode: int) -> int:
@@ -81,76 +116,113 @@ def abandon(spawned: Spawned) -> None:
     with suppress(OSError):
         os.killpg(spawned.pid, signal.SIGKILL)
     os.waitpid(spawned.pid, 0)
+    spawned.ended()
     fds = [fd for _, fd in spawned.outputs]
-    _close_all([*fds, *(fd for fd in (spawned.stdin_fd, spawned.pidfd) if fd is not None)])
+    close_all([*fds, *(fd for fd in (spawned.stdin_fd, spawned.pidfd) if fd is not None)])
 
 
-def _spawn_pipes(
-    argv: Sequence[str], cwd: bytes, env: Mapping[str, str], arg0: str | None, pipe_stdin: bool
-) -> Spawned:
-    ours: list[int] = []
-    theirs: list[int] = []
+@define(eq=False)
+class Streams:
+    """The streams of a child that is about to be started: our ends, and the child's.
+
+    Attributes:
+        outputs, stdin_fd: as `Spawned` has them.
+        theirs: stdin, stdout and stderr of the child; stdin may be `subprocess.DEVNULL`.
+    """
+
+    outputs: tuple[tuple[str, int], ...]
+    stdin_fd: int | None
+    theirs: tuple[int, int, int]
+
+    def read_words(self) -> bytes:
+        """What somebody said on stderr just now, before the program was there."""
+        with suppress(OSError):
+            return os.read(self.outputs[-1][1], _WORDS)
+        return b""
+
+    def close_ours(self) -> None:
+        close_all([*(fd for _, fd in self.outputs), *(() if self.stdin_fd is None else (self.stdin_fd,))])
+
+    def close_theirs(self) -> None:
+        close_all([fd for fd in set(self.theirs) if fd >= 0])
+
+
+def open_pipes(*, pipe_stdin: bool) -> Streams:
+    """Pipes. Without `pipe_stdin` the child's stdin is /dev/null."""
+    fds: list[int] = []
     try:
-        for _ in range(2):
-            read_end, write_end = os.pipe()
-            ours.append(read_end)
-            theirs.append(write_end)
-        stdin_fd = None
-        stdin = subprocess.DEVNULL
-        if pipe_stdin:
-            stdin, stdin_fd = os.pipe()
-            ours.append(stdin_fd)
-            theirs.append(stdin)
-        for fd in ours:
+        for _ in range(3 if pipe_stdin else 2):
+            fds += os.pipe()
+        outputs = (("stdout", fds[0]), ("stderr", fds[2]))
+        stdin, stdin_fd = (fds[4], fds[5]) if pipe_stdin else (subprocess.DEVNULL, None)
+        for fd in (fds[0], fds[2], *(() if stdin_fd is None else (stdin_fd,))):
             os.set_blocking(fd, False)
-        child = subprocess.Popen(
-            [argv[0] if arg0 is None else arg0, *argv[1:]],
-            executable=argv[0],
-            stdin=stdin,
-            stdout=theirs[0],
-            stderr=theirs[1],
-            cwd=cwd,
-            env=env,
-            start_new_session=True,
-        )
+        return Streams(outputs, stdin_fd, (stdin, fds[1], fds[3]))
     except BaseException:
-        _close_all(ours)
+        close_all(fds)
         raise
-    finally:
-        _close_all(theirs)
-
-    def poll() -> int | None:
-        returncode = child.poll()
-        return None if returncode is None else exit_code_of(returncode)
-
-    return Spawned(child.pid, (("stdout", ours[0]), ("stderr", ours[1])), stdin_fd, False, poll, None)
 
 
-def _spawn_tty(argv: Sequence[str], cwd: bytes, env: Mapping[str, str], arg0: str | None) -> Spawned:
-    env = dict(env)
-    if "SHELL" not in env:
-        shell = login_shell()
-        if shell:
-            env["SHELL"] = shell
-    program = find_program(argv[0], env, cwd)
+def open_terminal() -> Streams:
+    """A terminal of the usual size; its other side is stdin, stdout and stderr of the child."""
     master, slave = os.openpty()
     writer = -1
     try:
         writer = os.dup(master)
         resize(master, TTY_ROWS, TTY_COLUMNS)
         os.set_blocking(master, False)
+        return Streams((("pty", master),), writer, (slave, slave, slave))
+    except BaseException:
+        close_all([master, slave, writer])
+        raise
+
+
+def terminal_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """What a program on a terminal gets: SHELL too, as the reference adds it."""
+    shell = None if "SHELL" in env else login_shell()
+    return {**env, "SHELL": shell} if shell else dict(env)
+
+
+def _spawn_pipes(
+    argv: Sequence[str], cwd: bytes, env: Mapping[str, str], arg0: str | None, pipe_stdin: bool
+) -> Spawned:
+    streams = open_pipes(pipe_stdin=pipe_stdin)
+    try:
+        child = subprocess.Popen(
+            [argv[0] if arg0 is None else arg0, *argv[1:]],
+            executable=argv[0],
+            stdin=streams.theirs[0],
+            stdout=streams.theirs[1],
+            stderr=streams.theirs[2],
+            cwd=cwd,
+            env=env,
+            start_new_session=True,
+        )
+    except BaseException:
+        streams.close_ours()
+        raise
+    finally:
+        streams.close_theirs()
+    return Spawned.of(child, streams)
+
+
+def _spawn_tty(argv: Sequence[str], cwd: bytes, env: Mapping[str, str], arg0: str | None) -> Spawned:
+    env = terminal_environment(env)
+    program = find_program(argv[0], env, cwd)
+    streams = open_terminal()
+    try:
         pid = _posix_spawn(
             program,
             [argv[0] if arg0 is None else arg0, *argv[1:]],
             env,
             cwd,
-            os.ttyname(slave),
+            os.ttyname(streams.theirs[0]),
         )
     except BaseException:
-        _close_all([master, writer])
+        streams.close_ours()
         raise
     finally:
-        os.close(slave)
+        streams.close_theirs()
     status: list[int] = []
 
     def poll() -> int | None:
@@ -165,7 +237,7 @@ def _spawn_tty(argv: Sequence[str], cwd: bytes, env: Mapping[str, str], arg0: st
                 status.append(exit_code_of(os.waitstatus_to_exitcode(raw)))
         return status[0]
 
-    return Spawned(pid, (("pty", master),), writer, True, poll, None)
+    return Spawned(pid, streams.outputs, streams.stdin_fd, True, poll, None)
 
 
 def resize(fd: int, rows: int, columns: int) -> None:
@@ -201,7 +273,8 @@ def find_program(name: str, env: Mapping[str, str], cwd: bytes) -> bytes:
     raise InternalError(f'Unable to spawn {name} because:\nNo viable candidates found in PATH "{path}"')
 
 
-def _close_all(fds: list[int]) -> None:
+def close_all(fds: Iterable[int]) -> None:
+    """Close descriptors, whatever state they are in."""
     for fd in fds:
         with suppress(OSError):
             os.close(fd)

@@ -45,6 +45,7 @@ __all__ = [
     "Members",
     "Root",
     "birthmark",
+    "children_of",
     "find_leftovers",
     "kill_tree",
     "mark_myself",
@@ -614,6 +615,11 @@ def _children(pid: int) -> list[int]:
         for task in os.listdir(f"/proc/{pid}/task"):
             pids += map(int, (read_file(f"/proc/{pid}/task/{task}/children") or b"").split())
     return pids
+
+
+def children_of(pid: int) -> list[int]:
+    """The children of a process, the oldest first where the kernel tells; [] if it has ended."""
+    return (_children if _has_children_files() else _scan_children())(pid)
 
 
 def _scan_children() -> Children:

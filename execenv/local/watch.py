@@ -15,7 +15,8 @@ import trio
 from execenv.abc import Watch
 from execenv.errors import NotSupported
 from execenv.local.mounts import Mounts
-from execenv.local.threads import Turn, run_in_thread
+from execenv.local.threads import run_in_thread
+from execenv.local.turn import Turn
 
 MAX_PATHS = 1024
 

@@ -2,8 +2,8 @@
 
 A program that is SIGKILLed runs no clean-up. So a small second process, started with the first spawn, waits
 for the end of the first one; then it kills whatever carries the program's mark (see
-`execenv.local.tree.Marks`) and all descendants of that. A program that ends orderly says so, and the
-watchdog just exits.
+`execenv.local.tree.Marks`) and all descendants of that, and removes the mount points that sandboxes left
+(`execenv.local.mount_points`). A program that ends orderly says so, and the watchdog just exits.
 
 This file is both: the module, and the script that the second process runs, without the package and without
 site-packages. Hence only cheap modules of the standard library are imported at the top, plain classes are
@@ -218,6 +218,14 @@ def _watch(prefix: int, parent: int) -> None:
         signal.signal(signum, signal.SIG_IGN)
     if not _wait_for_the_end_of(parent):
         kill_marked(prefix)
+        _sweep_mount_points()
+
+
+def _sweep_mount_points() -> None:
+    """Become the script that does it: here its imports would delay every start."""
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "mount_points.py")
+    if os.path.isfile(script):
+        os.execv(sys.executable, [sys.executable, "-I", "-S", script])  # noqa: S606
 
 
 class Watchdog:

@@ -74,6 +74,7 @@ from execenv.protocol import (
 )
 from execenv.remote.session import again
 from execenv.rpc import Call, Peer
+from execenv.sandbox.policy import Sandbox
 
 if TYPE_CHECKING:
     from execenv.remote.connection import RemoteEnvironment
@@ -100,15 +101,25 @@ _FOREIGN_PATH = re.compile(r"^'.*' is invalid on '\w+'$|unexpected NUL byte$", r
 
 
 class RemoteFileSystem(FileSystem):
-    def __init__(self, environment: RemoteEnvironment) -> None:
+    """Files of a server; with `sandbox`, every call asks for it."""
+
+    def __init__(self, environment: RemoteEnvironment, sandbox: Sandbox | None = None) -> None:
         self._environment = environment
+        self._sandbox = sandbox
         self._own_handles = trio.CapacityLimiter(OWN_HANDLES)
         self._watches: dict[int, trio.Event] = {}
         self._watch_ids = 0
 
+    def confined(self, sandbox: Sandbox) -> FileSystem:
+        if self._sandbox is not None:
+            raise NotSupported("these files are under a sandbox already")
+        confined = RemoteFileSystem(self._environment, sandbox)
+        confined._own_handles = self._own_handles
+        return confined
+
     async def read_file(self, path: PathUri, *, follow_symlinks: bool = True) -> bytes:
         if not follow_symlinks:
-            params = FsReadFileParams(path, follow_symlinks=False)
+            params = FsReadFileParams(path, self._sandbox, follow_symlinks=False)
             return (await self._call(FS_READ_FILE, params, path, repeat=True)).data_base64
 
         async def read(peer: Peer) -> bytes:
@@ -121,7 +132,7 @@ class RemoteFileSystem(FileSystem):
     async def _blocks(self, peer: Peer, path: PathUri) -> AsyncGenerator[bytes, None]:
         """Opened, read and closed without waiting in between: a small file costs one round trip."""
         handle = RemoteFileHandle(self, peer, path)
-        opening = peer.call_nowait(FS_OPEN, FsOpenParams(handle.handle_id, path))
+        opening = peer.call_nowait(FS_OPEN, FsOpenParams(handle.handle_id, path, self._sandbox))
         try:
             first = handle.ask(0)
             await self._settled(opening, path)
@@ -151,7 +162,7 @@ class RemoteFileSystem(FileSystem):
             words = f"{len(data)} bytes are too much for one message, and the server takes no file in blocks"
             raise file_error(errno.EFBIG, path, words)
         params = FsWriteFileParams(
-            path, encode_base64(data).decode(), follow_symlinks=_follow(follow_symlinks)
+            path, encode_base64(data).decode(), self._sandbox, follow_symlinks=_follow(follow_symlinks)
         )
         # The whole content: twice is the same as once.
         await self._call(FS_WRITE_FILE, params, path, repeat=True)
@@ -159,30 +170,36 @@ class RemoteFileSystem(FileSystem):
     async def create_directory(
         self, path: PathUri, *, recursive: bool = True, follow_symlinks: bool = True
     ) -> None:
-        params = FsCreateDirectoryParams(path, recursive, follow_symlinks=_follow(follow_symlinks))
+        params = FsCreateDirectoryParams(
+            path, recursive, self._sandbox, follow_symlinks=_follow(follow_symlinks)
+        )
         await self._call(FS_CREATE_DIRECTORY, params, path)
 
     async def get_metadata(self, path: PathUri, *, follow_symlinks: bool = True) -> FileMetadata:
-        params = FsPathParams(path, follow_symlinks=_follow(follow_symlinks))
+        params = FsPathParams(path, self._sandbox, follow_symlinks=_follow(follow_symlinks))
         return await self._call(FS_GET_METADATA, params, path, repeat=True)
 
     async def canonicalize(self, path: PathUri) -> PathUri:
-        return (await self._call(FS_CANONICALIZE, FsPathParams(path), path, repeat=True)).path
+        return (await self._call(FS_CANONICALIZE, FsPathParams(path, self._sandbox), path, repeat=True)).path
 
     async def read_directory(self, path: PathUri) -> tuple[DirectoryEntry, ...]:
-        return (await self._call(FS_READ_DIRECTORY, FsPathParams(path), path, repeat=True)).entries
+        return (
+            await self._call(FS_READ_DIRECTORY, FsPathParams(path, self._sandbox), path, repeat=True)
+        ).entries
 
     async def remove(
         self, path: PathUri, *, recursive: bool = True, force: bool = True, follow_symlinks: bool = True
     ) -> None:
-        params = FsRemoveParams(path, recursive, force, follow_symlinks=_follow(follow_symlinks))
+        params = FsRemoveParams(
+            path, recursive, force, self._sandbox, follow_symlinks=_follow(follow_symlinks)
+        )
         await self._call(FS_REMOVE, params, path)
 
     async def copy(self, source: PathUri, destination: PathUri, *, recursive: bool) -> None:
-        await self._call(FS_COPY, FsCopyParams(source, destination, recursive), source)
+        await self._call(FS_COPY, FsCopyParams(source, destination, recursive, self._sandbox), source)
 
     async def walk(self, path: PathUri, options: WalkOptions) -> WalkResult:
-        return await self._call(FS_WALK, FsWalkParams(path, options), path, repeat=True)
+        return await self._call(FS_WALK, FsWalkParams(path, options, self._sandbox), path, repeat=True)
 
     async def open(
         self, path: PathUri, mode: OpenMode = "read", *, follow_symlinks: bool = True
@@ -198,7 +215,7 @@ class RemoteFileSystem(FileSystem):
         handle = RemoteFileHandle(self, peer, path)
         try:
             wire_mode: WireOpenMode = "read" if mode == "read" else "replace"
-            params = FsOpenParams(handle.handle_id, path, mode=wire_mode, keep=mode == "update")
+            params = FsOpenParams(handle.handle_id, path, self._sandbox, wire_mode, keep=mode == "update")
             await self._settled(peer.call_nowait(FS_OPEN, params), path)
         except trio.Cancelled:
             # It may be open there all the same, or about to be. The close is answered behind that: whoever
@@ -216,6 +233,8 @@ class RemoteFileSystem(FileSystem):
     async def watch_missing(
         self, missing: tuple[PathUri, ...], present: PathUri | None = None
     ) -> AsyncIterator[Watch | None]:
+        if self._sandbox is not None:  # the call has no such member
+            raise NotSupported("nothing can be watched under a sandbox")
         ours = await self.can("fileTransfer")
         if self._watches and not ours:  # another make forgets one watch for the next, and would never tell
             raise NotSupported(f"{self._environment.name} can only watch once at a time")
@@ -241,7 +260,7 @@ class RemoteFileSystem(FileSystem):
             self._watches.pop(id_, None)
 
     async def rename(self, source: PathUri, destination: PathUri, *, sync: bool = False) -> None:
-        await self._call(FS_RENAME, FsRenameParams(source, destination, sync=sync), source)
+        await self._call(FS_RENAME, FsRenameParams(source, destination, self._sandbox, sync), source)
 
     async def can_transfer(self) -> bool:
         return await self.can("fileTransfer")
@@ -249,7 +268,7 @@ class RemoteFileSystem(FileSystem):
     async def set_metadata(
         self, path: PathUri, *, mode: int | None = None, modified_at_ms: int | None = None
     ) -> None:
-        params = FsSetMetadataParams(path, None if mode is None else U64(mode), modified_at_ms)
+        params = FsSetMetadataParams(path, None if mode is None else U64(mode), modified_at_ms, self._sandbox)
         await self._call(FS_SET_METADATA, params, path)
 
     async def can(self, capability: str) -> bool:
@@ -279,7 +298,9 @@ class RemoteFileSystem(FileSystem):
     async def _told(self, error: RpcError, path: PathUri) -> Exception:
         if isinstance(error, InvalidRequest) and error.message.endswith("is not a file"):
             with suppress(RpcError):  # which of the two, the answer doesn't say
-                found = await self._environment.call(FS_GET_METADATA, FsPathParams(path), repeat=True)
+                found = await self._environment.call(
+                    FS_GET_METADATA, FsPathParams(path, self._sandbox), repeat=True
+                )
                 if found.is_directory:
                     return file_error(errno.EISDIR, path, error.message)
         if _FOREIGN_PATH.search(error.message):

@@ -428,6 +428,7 @@ class RemoteProcesses(Processes):
         self._endings: dict[str, trio.Event] = {}
         # More than one of an id where several tasks attach to it: each reads at its own pace.
         self._by_id: dict[str, list[RemoteProcess]] = {}
+        self._enforces = False  # a sandbox, as an answer has said once
 
     async def start(
         self, params: ProcessStartParams, sink: Sink | None = None, *, input_size: int | None = None
@@ -492,13 +493,19 @@ class RemoteProcesses(Processes):
             self.remove(process)  # nobody listens; `attach` begins anew
         return process
 
-    @staticmethod
-    async def _ask_to_start(session: Session, params: ProcessStartParams, tries: Tries) -> None:
+    async def _ask_to_start(self, session: Session, params: ProcessStartParams, tries: Tries) -> None:
         """Start it once. The id tells whether a start whose answer was lost was done."""
         while True:
             peer = await session.wait_peer(tries.outcome)
             try:
-                await peer.call(PROCESS_START, params)
+                result = await peer.call(PROCESS_START, params)
+                if params.sandbox is not None and params.sandbox.profile.enforces:
+                    if result.sandbox_type in (None, "none"):
+                        self.end_later(session, ProcessTerminateParams(params.process_id))
+                        raise NotSupported(
+                            f"{self._environment.name} ignored the sandbox, and was told to end the process"
+                        )
+                    self._enforces = True
                 return
             except ConnectionLost as error:
                 tries.note(error)
@@ -508,7 +515,11 @@ class RemoteProcesses(Processes):
                 raise
             except InvalidRequest as error:
                 if tries.sent and error.message.endswith("already exists"):
-                    return
+                    if params.sandbox is None or self._enforces:
+                        return
+                    self.end_later(session, ProcessTerminateParams(params.process_id))
+                    text = "the answer to a start was lost, and so whether its sandbox is enforced"
+                    raise ConnectionLost(text) from error
                 raise
 
     def end_later(self, session: Session, params: ProcessTerminateParams) -> None:

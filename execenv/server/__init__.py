@@ -10,6 +10,7 @@ from functools import partial
 
 import trio
 
+from execenv._service import service
 from execenv.local import open_guard, open_local
 from execenv.local.output_log import RETAINED_BYTES
 from execenv.server.auth import Authenticator
@@ -28,7 +29,7 @@ async def open_local_sessions(
     whole_program: bool = False,
 ) -> AsyncIterator[Sessions]:
     """Sessions that each have this machine for their environment. `whole_program`: see `open_guard`."""
-    async with open_guard(whole_program=whole_program) as guard:
+    async with open_guard(whole_program=whole_program) as guard, service(guard.confinement.probe):
         open_environment = partial(open_local, guard, retained_bytes=retained_bytes)
         async with open_sessions(open_environment, detached_ttl=detached_ttl) as sessions:
             yield sessions

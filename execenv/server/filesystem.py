@@ -14,7 +14,7 @@ import trio
 from execenv import codec
 from execenv._service import Turns
 from execenv.abc import FileHandle, FileSystem
-from execenv.errors import ConnectionLost, InvalidParams, InvalidRequest, NotFound, NotSupported
+from execenv.errors import ConnectionLost, InvalidParams, InvalidRequest, NotFound
 from execenv.paths import PathUri
 from execenv.protocol import (
     FS_CANONICALIZE,
@@ -58,7 +58,7 @@ from execenv.protocol import (
     OpenMode,
 )
 from execenv.rpc import Answer, Streamed
-from execenv.sandbox.policy import is_unrestricted
+from execenv.sandbox.policy import Sandbox
 
 R = TypeVar("R")
 
@@ -127,27 +127,37 @@ class FileTable:
 
     # By path.
 
+    def _files_for(self, sandbox: Sandbox | None) -> FileSystem:
+        return self._files if sandbox is None else self._files.confined(sandbox)
+
     def read_file(self, params: FsReadFileParams) -> Any:
+        files = self._files_for(params.sandbox)
         if params.follow_symlinks is not False:
-            data = self._files.read_file_nowait(params.path)
+            data = files.read_file_nowait(params.path)
             if data is not None:
                 return codec.base64_member("dataBase64", data)
-        return self._read_file(params)
+        return self._read_file(files, params)
 
-    async def _read_file(self, params: FsReadFileParams) -> Any:
+    async def _read_file(self, files: FileSystem, params: FsReadFileParams) -> Any:
+        if files is not self._files:
+            data = await files.read_small(params.path, follow_symlinks=params.follow_symlinks is not False)
+            if data is not None:
+                return codec.base64_member("dataBase64", data)
         # Tried before its turn: one that hangs must not keep others from theirs. Nor is it kept open so long.
         follow = params.follow_symlinks is not False
-        file = await self._files.open(params.path, follow_symlinks=follow)
+        file = await files.open(params.path, follow_symlinks=follow)
         try:
-            if (await self._files.get_metadata(params.path, follow_symlinks=follow)).size > MAX_FILE:
+            if (await files.get_metadata(params.path, follow_symlinks=follow)).size > MAX_FILE:
                 raise InvalidRequest(f"file is too large to read: limit is {MAX_FILE} bytes")
         finally:
             with trio.CancelScope(shield=True):
                 await file.close()
-        return Streamed(self._file_parts(params.path, follow))
+        return Streamed(self._file_parts(files, params.path, follow))
 
-    async def _file_parts(self, path: PathUri, follow: bool) -> AsyncGenerator[bytes, None]:
-        file = await self._files.open(path, follow_symlinks=follow)
+    async def _file_parts(
+        self, files: FileSystem, path: PathUri, follow: bool
+    ) -> AsyncGenerator[bytes, None]:
+        file = await files.open(path, follow_symlinks=follow)
         try:
             head, offset = b'{"dataBase64":"', 0
             while True:
@@ -169,13 +179,14 @@ class FileTable:
             data = codec.decode_base64(params.data_base64)
         except InvalidParams as error:
             raise InvalidRequest(f"fs/writeFile requires valid base64 dataBase64: {error}") from None
+        files = self._files_for(params.sandbox)
         follow = params.follow_symlinks is not False
-        if follow and self._files.write_file_nowait(params.path, data):
+        if follow and files.write_file_nowait(params.path, data):
             return Nothing()
-        return self._nothing(self._files.write_file(params.path, data, follow_symlinks=follow))
+        return self._nothing(files.write_file(params.path, data, follow_symlinks=follow))
 
     async def create_directory(self, params: FsCreateDirectoryParams) -> Nothing:
-        await self._files.create_directory(
+        await self._files_for(params.sandbox).create_directory(
             params.path,
             recursive=params.recursive is not False,
             follow_symlinks=params.follow_symlinks is not False,
@@ -183,16 +194,20 @@ class FileTable:
         return Nothing()
 
     def get_metadata(self, params: FsPathParams) -> FileMetadata | Handling[FileMetadata]:
+        files = self._files_for(params.sandbox)
         follow = params.follow_symlinks is not False
-        found = self._files.get_metadata_nowait(params.path) if follow else None
-        return found or self._files.get_metadata(params.path, follow_symlinks=follow)
+        found = files.get_metadata_nowait(params.path) if follow else None
+        return found or files.get_metadata(params.path, follow_symlinks=follow)
 
     async def canonicalize(self, params: FsPathParams) -> FsCanonicalizeResult:
-        return FsCanonicalizeResult(await self._files.canonicalize(params.path))
+        files = self._files_for(params.sandbox)
+        return FsCanonicalizeResult(await files.canonicalize(params.path))
 
     async def read_directory(self, params: FsPathParams) -> Any:
+        files = self._files_for(params.sandbox)
+
         async def listing() -> bytes:
-            entries = await self._files.read_directory(params.path)
+            entries = await files.read_directory(params.path)
             return codec.encode_json(  # by hand: a directory may have a hundred thousand
                 {
                     "entries": [
@@ -229,7 +244,7 @@ class FileTable:
         return Answer(codec.fragment(data), sent)
 
     async def remove(self, params: FsRemoveParams) -> Nothing:
-        await self._files.remove(
+        await self._files_for(params.sandbox).remove(
             params.path,
             recursive=params.recursive is not False,
             force=params.force is not False,
@@ -238,17 +253,21 @@ class FileTable:
         return Nothing()
 
     async def copy(self, params: FsCopyParams) -> Nothing:
-        await self._files.copy(params.source_path, params.destination_path, recursive=params.recursive)
+        files = self._files_for(params.sandbox)
+        await files.copy(params.source_path, params.destination_path, recursive=params.recursive)
         return Nothing()
 
     async def walk(self, params: FsWalkParams) -> Any:
+        files = self._files_for(params.sandbox)
+
         async def listing() -> bytes:
-            return codec.encode_json(codec.unstructure(await self._files.walk(params.path, params.options)))
+            return codec.encode_json(codec.unstructure(await files.walk(params.path, params.options)))
 
         return await self._listed(listing)
 
     async def rename(self, params: FsRenameParams) -> Nothing:
-        await self._files.rename(params.source_path, params.destination_path, sync=params.sync)
+        files = self._files_for(params.sandbox)
+        await files.rename(params.source_path, params.destination_path, sync=params.sync)
         return Nothing()
 
     async def set_metadata(self, params: FsSetMetadataParams) -> Nothing:
@@ -256,7 +275,8 @@ class FileTable:
             raise InvalidRequest("mode must be permission bits, at most 0o7777")
         if params.modified_at_ms is not None and abs(params.modified_at_ms) > MAX_TIME_MS:
             raise InvalidRequest("modifiedAtMs is out of range")
-        await self._files.set_metadata(params.path, mode=params.mode, modified_at_ms=params.modified_at_ms)
+        files = self._files_for(params.sandbox)
+        await files.set_metadata(params.path, mode=params.mode, modified_at_ms=params.modified_at_ms)
         return Nothing()
 
     async def _nothing(self, work: Coroutine[Any, Any, None]) -> Nothing:
@@ -271,16 +291,19 @@ class FileTable:
             raise InvalidRequest(f"file handle `{params.handle_id}` already exists")
         if len(self._handles) >= MAX_HANDLES or len(self._closing) >= MAX_CLOSING:
             raise InvalidRequest(f"at most {MAX_HANDLES} file handles may be open per connection")
+        files = self._files_for(params.sandbox)
         handle = _Handle()
-        handle.file = self._files.open_nowait(params.path, _mode(params))
+        handle.file = files.open_nowait(params.path, _mode(params))
         self._handles[params.handle_id] = handle
         if handle.file is not None:
             return FsOpenResult(params.handle_id)
-        return self._open(handle, params, handle.turns.take()[1])
+        return self._open(files, handle, params, handle.turns.take()[1])
 
-    async def _open(self, handle: _Handle, params: FsOpenParams, done: trio.Event) -> FsOpenResult:
+    async def _open(
+        self, files: FileSystem, handle: _Handle, params: FsOpenParams, done: trio.Event
+    ) -> FsOpenResult:
         try:
-            handle.file = await self._files.open(params.path, _mode(params))
+            handle.file = await files.open(params.path, _mode(params))
             return FsOpenResult(params.handle_id)
         finally:
             if handle.file is None:
@@ -444,19 +467,6 @@ def _mode(params: FsOpenParams) -> OpenMode:
 
 def _block(data: bytes, wanted: int) -> Any:
     return codec.base64_member("chunk", data, ',"eof":true' if len(data) < wanted else ',"eof":false')
-
-
-def refuse_sandbox(params: Any) -> None:
-    """Never ignore a sandbox that is not enforced.
-
-    Raises:
-        NotSupported: if `params` ask for one that restricts anything.
-    """
-    if not is_unrestricted(getattr(params, "sandbox", None)):
-        raise NotSupported(
-            "this exec-server cannot enforce a sandbox on files, so nothing was done; "
-            "ask without one (sandbox: null) if the files may be used unconfined"
-        )
 
 
 ROUTES = (

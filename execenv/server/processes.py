@@ -326,7 +326,9 @@ class ProcessTable:
         try:
             with entry.starting:
                 entry.started_as(await self._backend.start(params, entry))
-                return ProcessStartResult(params.process_id, "none")
+                return ProcessStartResult(
+                    params.process_id, "none" if params.sandbox is None else "linuxSeccomp"
+                )
             raise InvalidRequest(f"process {params.process_id} start was cancelled")
         finally:
             if entry.process is None:

@@ -1,0 +1,60 @@
+"""An environment as far as a sandbox lets it be touched: what `Environment.sandboxed` gives."""
+
+from __future__ import annotations
+
+from attrs import evolve
+
+from execenv.abc import EnvironmentBackend, HttpClient, HttpStream, Process, Processes, Sink
+from execenv.errors import NotSupported
+from execenv.protocol import (
+    EnvironmentConfig,
+    EnvironmentConfigReadParams,
+    EnvironmentInfo,
+    HttpRequestParams,
+    ProcessStartParams,
+)
+from execenv.sandbox.policy import Sandbox
+
+
+class SandboxedEnvironment(EnvironmentBackend):
+    """Processes and files of `inner` under `sandbox`; requests only if that has a network."""
+
+    def __init__(self, inner: EnvironmentBackend, sandbox: Sandbox) -> None:
+        self.name = inner.name
+        self.processes = _SandboxedProcesses(inner, sandbox)
+        self.files = inner.files.confined(sandbox)
+        self.http = _NoNetwork() if sandbox.profile.restricts_network else inner.http
+        self.status = inner.status
+        self.session_id = getattr(inner, "session_id", None)
+        self._inner = inner
+        self._sandbox = sandbox
+
+    async def info(self) -> EnvironmentInfo:
+        info = await self._inner.info()
+        return info if self._sandbox.cwd is None else evolve(info, cwd=self._sandbox.cwd)
+
+    async def read_config(self, params: EnvironmentConfigReadParams) -> EnvironmentConfig:
+        raise NotSupported("the configuration of a codex is read outside of every sandbox")
+
+    async def probe(self) -> str:
+        return await self._inner.probe()
+
+
+class _SandboxedProcesses(Processes):
+    def __init__(self, inner: EnvironmentBackend, sandbox: Sandbox) -> None:
+        self._inner = inner
+        self._sandbox = sandbox
+
+    async def start(
+        self, params: ProcessStartParams, sink: Sink | None = None, *, input_size: int | None = None
+    ) -> Process:
+        confined = evolve(params, sandbox=self._sandbox)
+        return await self._inner.processes.start(confined, sink, input_size=input_size)
+
+    async def attach(self, process_id: str) -> Process:
+        raise NotSupported("a process that runs may be outside of this sandbox: attach to it without one")
+
+
+class _NoNetwork(HttpClient):
+    async def open_stream(self, params: HttpRequestParams) -> HttpStream:
+        raise NotSupported("the sandbox has no network")
