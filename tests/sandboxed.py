@@ -25,7 +25,7 @@ import execenv
 from tests.conftest import ANY_PORT, run_websocket_server
 from tests.traces import open_trio_websocket
 
-ENFORCED = False
+ENFORCED = True
 """Whether our server enforces restricted sandboxes. Until it does, what needs it is expected to fail."""
 
 NOBODY = 65534
