@@ -344,7 +344,6 @@ class Helper:
                     await trio.sleep(0.002)
             known.discard(self.launched.pid)
             self.launched.close()
-            os.close(self.launched.pidfd)
 
 
 def read_tail(fd: int, before: bytes = b"") -> bytes:

@@ -233,13 +233,14 @@ async def run_codex(
     home: Path,
     mark: ProcessMark,
     extra_config: str = "",
+    permissions: Sequence[str] = ("--dangerously-bypass-approvals-and-sandbox",),
 ) -> CodexRun:
     """Run `codex exec` in `cwd` with a model that follows `turns` and the tools on `exec_server`.
 
     **Output** is captured. **Error checking**: none, a codex that fails has a `returncode` and a `stderr`.
     **Cancellation** kills codex and everything it has started. `exec_server` is a websocket URL or a program;
     `home` gets codex's home and temporary folders, new ones; `mark` is put on codex and on what it starts;
-    `extra_config` is added to the end of config.toml.
+    `extra_config` is added to the end of config.toml, and `permissions` to the command line.
     """
     async with serve_responses(turns) as model:
         env = _environment(home) | mark.env
@@ -248,7 +249,7 @@ async def run_codex(
             env["CODEX_EXEC_SERVER_URL"] = exec_server
         else:
             _write_environments(Path(env["CODEX_HOME"]), exec_server)
-        argv = [str(codex), "exec", "--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"]
+        argv = [str(codex), "exec", "--skip-git-repo-check", *permissions]
         argv += ["--strict-config", "--ephemeral", "--color", "never", "Do what the script says."]
         done = await trio.run_process(
             argv,

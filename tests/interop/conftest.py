@@ -6,7 +6,7 @@ thing does.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -48,7 +48,12 @@ class Target:
         return "remote" if isinstance(self.server, ExecServer) else "box"
 
     async def run(
-        self, turns: Iterable[Turn], extra_config: str = "", *, cwd: Path | None = None
+        self,
+        turns: Iterable[Turn],
+        extra_config: str = "",
+        *,
+        cwd: Path | None = None,
+        permissions: Sequence[str] = ("--dangerously-bypass-approvals-and-sandbox",),
     ) -> CodexRun:
         """Run codex to its end, which must be a good one."""
         where = self.server.url if isinstance(self.server, ExecServer) else self.server
@@ -60,6 +65,7 @@ class Target:
             home=self.home,
             mark=self.mark,
             extra_config=extra_config,
+            permissions=permissions,
         )
         assert run.returncode == 0, run.stderr
         return run
