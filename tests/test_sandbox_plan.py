@@ -7,6 +7,7 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -227,6 +228,14 @@ def test_calls_about_files_are_done_directly_only_where_nothing_is_restricted(
     profile: SandboxProfile, expected: str
 ) -> None:
     assert execution(Sandbox(profile)) == expected
+
+
+def test_importing_the_planner_is_cheap() -> None:
+    code = "import sys, execenv.sandbox.plan; print({'trio', 'cattrs', 'orjson'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
 # What entries stand for.
