@@ -203,7 +203,7 @@ class Launcher:
             child, root = self.spawn(
                 [*bubblewrap.unshare, bubblewrap.executable, b"--args", b"%d" % options_fd, b"--", *command],
                 (stdin, stdout, stderr),
-                (*fds, *pass_fds, *(() if bubblewrap.fd is None else (bubblewrap.fd,))),
+                (*fds, *pass_fds, *bubblewrap.pass_fds),
             )
         except OSError as error:
             close_all(ours)
