@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ import pytest
 import trio
 from attrs import evolve
 
-from execenv import Environment, PathUri, ProcessNotStarted, SandboxProfile, open_environment
+from execenv import PathUri, ProcessNotStarted, SandboxProfile, open_environment
 from execenv.errors import InternalError, NotSupported
 from execenv.local import open_guard
-from execenv.local import launch as launching
 from execenv.local.output_log import OutputLog
 from execenv.local.spawn import open_pipes
 from execenv.protocol import ProcessStartParams
@@ -47,15 +45,6 @@ def children() -> set[int]:
 
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
-
-
-@asynccontextmanager
-async def running(environment: Environment, workspace: Path, **more: Any) -> AsyncIterator[Watched]:
-    """A sandboxed program that says its mounts are made, watched with all that is around it."""
-    argv = ["sh", "-c", "echo ready; exec sleep 1000"]
-    async with environment.open_process(argv, sandbox=WRITE, cwd=workspace, **more) as process:
-        await read_until(process, b"ready")
-        yield Watched()
 
 
 # Beginnings.
@@ -165,7 +154,7 @@ async def test_bubblewraps_own_words_are_told(workspace: Path) -> None:
     plan = plan_of(workspace)
     missing = evolve(plan, operations=(evolve(plan.operations[0], path=b"/no/such/place"),))
     before = descriptors()
-    with pytest.raises(InternalError, match="cannot enforce the sandbox: bwrap: .*/no/such/place"):
+    with pytest.raises(InternalError, match=r"cannot enforce the sandbox: bwrap: .*/no/such/place"):
         await try_to_launch(missing, ["true"])
     assert descriptors() == before
 
@@ -175,7 +164,7 @@ async def test_more_words_than_bubblewrap_takes_are_refused(workspace: Path) -> 
     async with open_environment("local") as environment:
         done = await environment.run(["echo", *["x"] * 8000], sandbox=WRITE, cwd=workspace)
         assert done.stdout == b"x " * 7999 + b"x\n"
-        with pytest.raises(ProcessNotStarted, match="9000 arguments, .* more than bubblewrap takes"):
+        with pytest.raises(ProcessNotStarted, match=r"9000 arguments, .* more than bubblewrap takes"):
             await environment.run(["echo", *["x"] * 8999], sandbox=WRITE, cwd=workspace)
 
 
@@ -185,20 +174,18 @@ async def test_more_words_than_bubblewrap_takes_are_refused(workspace: Path) -> 
 @requires_bubblewrap
 async def test_a_server_that_is_killed_leaves_neither_programs_nor_mount_points(workspace: Path) -> None:
     with run_websocket_server() as server:
-        async with open_environment(server.url) as environment:
+        async with open_environment(server.url, recovery=0) as environment:
             argv = ["sh", "-c", "echo ready; setsid sleep 1000 & exec sleep 1000"]
-            async with environment.open_process(argv, sandbox=WRITE, cwd=workspace) as process:
+            await environment.start_detached("one", argv, sandbox=WRITE, cwd=workspace)
+            async with environment.attach("one") as process:
                 await read_until(process, b"ready")
-                assert ".git" in os.listdir(workspace)
-                watched = _descendants(server.process.pid)
-                server.process.send_signal(signal.SIGKILL)
-                await watched.wait_gone()
-                watched.close()
-                while os.listdir(workspace) != ["file"]:  # noqa: ASYNC110 - the watchdog does it
-                    await trio.sleep(0.01)
-                raise_nothing: Callable[[], None] = server.process.wait  # type: ignore[assignment]
-                raise_nothing()
-                environment._backend.status.end()
+            assert ".git" in os.listdir(workspace)
+            watched = _descendants(server.process.pid)
+            server.process.send_signal(signal.SIGKILL)
+            await watched.wait_gone()
+            watched.close()
+            while os.listdir(workspace) != ["file"]:  # noqa: ASYNC110 - the watchdog does it
+                await trio.sleep(0.01)
 
 
 def _descendants(pid: int) -> Watched:
@@ -228,7 +215,7 @@ async def test_two_programs_in_one_workspace_keep_its_names_until_the_second_has
 
 
 @requires_bubblewrap
-async def test_a_thousand_starts_leave_everything_as_it_was(workspace: Path) -> None:
+async def test_many_starts_leave_everything_as_it_was(workspace: Path) -> None:
     async with open_environment("local") as environment:
         limiter = trio.CapacityLimiter(8)
 
@@ -237,11 +224,11 @@ async def test_a_thousand_starts_leave_everything_as_it_was(workspace: Path) -> 
                 await environment.run(["/bin/true"], sandbox=WRITE, cwd=workspace)
 
         await run()
-        before = children(), descriptors(), sorted(os.listdir("/tmp"))  # noqa: S108
+        before = children(), descriptors(), sorted(os.listdir("/tmp"))
         async with trio.open_nursery() as nursery:
-            for _ in range(1000):
+            for _ in range(300):
                 nursery.start_soon(run)
-        assert (children(), descriptors(), sorted(os.listdir("/tmp"))) == before  # noqa: S108
+        assert (children(), descriptors(), sorted(os.listdir("/tmp"))) == before
     assert os.listdir(workspace) == ["file"]
 
 
@@ -297,15 +284,14 @@ async def test_without_bubblewrap_files_are_not_confined_and_nothing_runs(
 
 @requires_bubblewrap
 async def test_a_server_says_whether_it_can_confine() -> None:
-    for target in ([*SERVE, "stdio"],):
-        async with open_environment(target) as environment:
-            assert (await environment.info()).capabilities["sandbox"] is True
+    async with open_environment([*SERVE, "stdio"]) as environment:
+        assert (await environment.info()).capabilities["sandbox"] is True
 
 
 # sandboxDenied.
 
 
-def test_what_is_usually_retained_is_looked_at() -> None:
+async def test_what_is_usually_retained_is_looked_at() -> None:
     log = OutputLog(10)
     for chunk in (b"old", b"Permission ", b"De", b"nied"):
         log.append("stdout", chunk)
@@ -320,7 +306,3 @@ def test_what_is_usually_retained_is_looked_at() -> None:
     assert not looks_denied(1, log.newest())
     assert looks_denied(159, b"")
     assert not looks_denied(158, b"")
-
-
-def test_limits_are_those_of_bubblewrap() -> None:
-    assert launching.MAX_WORDS < 9000

@@ -310,7 +310,8 @@ class Bubblewraps:
         self, path: bytes, unshare: tuple[bytes, ...], fds: tuple[int, ...], features: Iterable[str]
     ) -> _Said:
         """Run the one program that certainly exists, itself, in the barest sandbox."""
-        options = ["--new-session", "--die-with-parent", "--ro-bind", "/", "/", "--dev", "/dev"]
+        # as process 1, whose parent waits for it: another one would be left to us
+        options = ["--as-pid-1", "--new-session", "--die-with-parent", "--ro-bind", "/", "/", "--dev", "/dev"]
         options += ["--unshare-user", "--unshare-pid", "--unshare-ipc", "--cap-drop", "ALL"]
         filter_fd = _filter_fd()
         try:

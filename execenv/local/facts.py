@@ -47,7 +47,8 @@ class DiskFacts:
             target = os.readlink(path) if stat.S_ISLNK(found.st_mode) else None
         except (OSError, ValueError):
             return None
-        return Fact(_kind(found.st_mode), found.st_dev, found.st_ino, target)
+        sealed = _is_sealed(found, path)
+        return Fact(_kind(found.st_mode), found.st_dev, found.st_ino, target, sealed)
 
     def names(self, directory: bytes) -> tuple[tuple[bytes, FactKind], ...]:
         self._turn.check()
@@ -90,11 +91,12 @@ class _FactsNow:
             if found is None or not self._mounts.is_local(found.mount_id):
                 raise _Undecided(path, deep=False)
             target = os.readlink(b"", dir_fd=fd) if found.is_symlink else None
+            sealed = os.geteuid() != 0 and _is_sealed(os.fstat(fd), b"/proc/self/fd/%d" % fd)
         except OSError:
             raise _Undecided(path, deep=False) from None
         finally:
             os.close(fd)
-        return Fact(_kind(found.mode), found.device, found.inode, target)
+        return Fact(_kind(found.mode), found.device, found.inode, target, sealed)
 
     def names(self, directory: bytes) -> tuple[tuple[bytes, FactKind], ...]:
         raise _Undecided(directory, deep=True)
@@ -185,6 +187,11 @@ class Plans:
         recorder = _Recorder(facts)
         plan = make_plan(sandbox, recorder, tmpdir=tmpdir, cwd=cwd, hidden=self._hidden or ())
         return recorder, plan
+
+
+def _is_sealed(found: os.stat_result, path: bytes) -> bool:
+    """See `Fact.sealed`."""
+    return stat.S_ISDIR(found.st_mode) and found.st_uid != os.geteuid() and not os.access(path, os.W_OK)
 
 
 def _kind(mode: int) -> FactKind:

@@ -28,7 +28,15 @@ from execenv.errors import InternalError, os_error_text
 from execenv.local.bubblewrap import Bubblewrap
 from execenv.local.mounts import openat2
 from execenv.local.spawn import close_all, exit_code_of
-from execenv.local.tree import Marks, Root, birthmark, children_of, set_mark, signal_tree
+from execenv.local.stat import is_mount_root
+from execenv.local.tree import (
+    Marks,
+    Root,
+    birthmark,
+    children_of,
+    set_mark,
+    signal_tree,
+)
 from execenv.sandbox.plan import Bind, Mask, MountPlan, arguments, count_data_fds
 
 MAX_WORDS = 8_900
@@ -351,14 +359,19 @@ def _is_as_planned(root: int, operation: Bind | Mask, prefix: bytes) -> bool:
         if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR, errno.EACCES):
             return False
         raise
-    if fd is None:
-        raise _failed("openat2, which Linux has since 5.6, is missing")
+    mounted = None
     try:
-        found = os.fstat(fd)
+        if fd is not None:
+            mounted = is_mount_root(fd)
+            found, flags = os.fstat(fd), os.fstatvfs(fd).f_flag
     finally:
-        os.close(fd)
+        if fd is not None:
+            os.close(fd)
+    if mounted is None:
+        raise _failed("it takes openat2 and what statx says of mounts, which Linux has since 5.8")
     is_it = (found.st_dev, found.st_ino) == (operation.device, operation.inode)
     if isinstance(operation, Bind):
-        return is_it
-    wanted = 0o111 if operation.reopened else 0o555 if operation.kind == "empty directory" else 0
-    return not is_it and (stat.S_IMODE(found.st_mode) == wanted or operation.missing)
+        return mounted and is_it and (operation.writable or bool(flags & os.ST_RDONLY))
+    reopens = operation.reopened or operation.reopened_files
+    mode = 0o555 if operation.kind == "empty directory" else 0o111 if reopens else 0
+    return mounted and not is_it and stat.S_IMODE(found.st_mode) == mode and bool(flags & os.ST_RDONLY)

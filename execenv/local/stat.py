@@ -17,6 +17,7 @@ _AT_STATX_DONT_SYNC = 0x4000
 _STATX_BASIC_STATS = 0x7FF
 _STATX_BTIME = 0x800
 _STATX_MNT_ID = 0x1000
+_ATTR_MOUNT_ROOT = 0x2000
 _STATX_SIZE = 256
 _STATX = struct.Struct("=I24xHxxQQ32xqI20xqI12xIIQ")
 """Mask, mode, inode, size, time of creation, time of the last change, device, mount (struct statx of
@@ -97,6 +98,18 @@ def stat_path(path: bytes, *, follow: bool = True, dir_fd: int | None = None) ->
         None if born is None else int(born * 1000),
         plain.st_mtime_ns // 1_000_000,
     )
+
+
+def is_mount_root(fd: int) -> bool | None:
+    """Whether something is mounted where an open file is; `None` if the kernel does not say (before 5.8)."""
+    library = libc()
+    if library is None or not _has_statx():
+        return None
+    buffer = ctypes.create_string_buffer(_STATX_SIZE)
+    if library.statx(fd, b"", _AT_EMPTY_PATH | _AT_STATX_DONT_SYNC, 0, buffer):
+        return None
+    attributes, _, known = struct.unpack_from("=8xQ40sQ", buffer)
+    return bool(attributes & _ATTR_MOUNT_ROOT) if known & _ATTR_MOUNT_ROOT else None
 
 
 def _statx(fd: int, path: bytes, flags: int) -> Stat | None:
