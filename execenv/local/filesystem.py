@@ -476,10 +476,11 @@ def metadata_of(found: Stat, *, is_symlink: bool) -> FileMetadata:
 
 
 def directory_entries(found: Iterable[tuple[bytes, bool, bool]]) -> tuple[DirectoryEntry, ...]:
-    return tuple(
+    entries = [
         DirectoryEntry(name.decode(errors="replace"), is_directory, is_file)
         for name, is_directory, is_file in found
-    )
+    ]
+    return tuple(entries)
 
 
 def walk_result(

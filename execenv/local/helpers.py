@@ -44,6 +44,9 @@ PLANS = 8
 
 IDLE_SECONDS = 60.0
 MAX_REQUESTS = 10_000
+ATTEMPTS = HELPERS_PER_PLAN + 2
+"""Helpers that may turn out to be dead before one hears of a request."""
+
 START_PATIENCE = 20.0
 KILL_PATIENCE = 5.0
 MAX_HEADER = 64 * 1024
@@ -407,7 +410,7 @@ class Helpers:
         self._pools.move_to_end(plan)
         try:
             async with pool.places:
-                while True:
+                for _ in range(ATTEMPTS):
                     helper = self._idle_one(pool) or await self._start(plan)
                     try:
                         reply = await helper.call(header, body)
@@ -419,6 +422,7 @@ class Helpers:
                         raise
                     self._give_back(plan, pool, helper)
                     return reply
+                raise InternalError("fs sandbox helpers end before they hear of their first request")
         finally:
             if not pool.idle and not pool.in_use and self._pools.get(plan) is pool:
                 del self._pools[plan]
