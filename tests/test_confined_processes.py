@@ -16,6 +16,7 @@ from attrs import evolve
 from execenv import PathUri, ProcessNotStarted, SandboxProfile, open_environment
 from execenv.errors import InternalError, NotSupported
 from execenv.local import open_guard
+from execenv.local.mount_points import registry_directory
 from execenv.local.output_log import OutputLog
 from execenv.local.spawn import open_pipes
 from execenv.protocol import ProcessStartParams
@@ -41,6 +42,11 @@ async def within_the_limit() -> AsyncIterator[None]:
 
 def children() -> set[int]:
     return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+
+
+def claims() -> list[str]:
+    """What is kept beside the processes themselves."""
+    return sorted(os.listdir(registry_directory()))
 
 
 def descriptors() -> int:
@@ -224,11 +230,11 @@ async def test_many_starts_leave_everything_as_it_was(workspace: Path) -> None:
                 await environment.run(["/bin/true"], sandbox=WRITE, cwd=workspace)
 
         await run()
-        before = children(), descriptors(), sorted(os.listdir("/tmp"))
+        before = children(), descriptors(), claims()
         async with trio.open_nursery() as nursery:
             for _ in range(300):
                 nursery.start_soon(run)
-        assert (children(), descriptors(), sorted(os.listdir("/tmp"))) == before
+        assert (children(), descriptors(), claims()) == before
     assert os.listdir(workspace) == ["file"]
 
 

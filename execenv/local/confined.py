@@ -26,13 +26,15 @@ from execenv.local.filesystem import (
     walk_limits,
     walk_result,
 )
-from execenv.local.helpers import Helpers, Reply, undecodable
+from execenv.local.helpers import HelperNotStarted, Helpers, Reply, undecodable
 from execenv.local.mounts import Mounts
 from execenv.local.stat import Stat, stat_now
 from execenv.paths import PathUri
 from execenv.protocol import DirectoryEntry, FileMetadata, OpenMode, WalkOptions, WalkResult
 from execenv.sandbox.plan import MountPlan, execution
 from execenv.sandbox.policy import Sandbox
+
+START_TRIES = 20
 
 
 class ConfinedFileSystem(FileSystem):
@@ -176,7 +178,7 @@ class ConfinedFileSystem(FileSystem):
 
     async def _call(self, operation: str, path: PathUri, data: bytes = b"", **arguments: Any) -> Reply:
         header = {"op": operation, "path": _text(path), "with": arguments}
-        reply = await self._helpers.call(await self._plan(), header, data)
+        reply = await self._ask(header, data)
         error = reply.header.get("error")
         if error is None:
             return reply
@@ -185,6 +187,18 @@ class ConfinedFileSystem(FileSystem):
         with _decoding():
             number, words = error
             raise file_error(int(number), path, str(words))
+
+    async def _ask(self, header: dict[str, Any], data: bytes) -> Reply:
+        plan = await self._plan()
+        for _ in range(START_TRIES):
+            try:
+                return await self._helpers.call(plan, header, data)
+            except HelperNotStarted:
+                again = await self._plan()
+                if again == plan:
+                    raise
+                plan = again
+        raise InternalError("cannot enforce the sandbox: what its policy is about changes all the time")
 
     async def _plan(self) -> MountPlan:
         try:

@@ -32,6 +32,7 @@ from execenv.sandbox.seccomp import compile_filter
 
 logger = getLogger(__name__)
 
+CLAIM_TRIES = 20
 PROBE_PATIENCE = 1.0
 """Seconds that a question what can be enforced waits for a bubblewrap that takes its time."""
 
@@ -122,16 +123,14 @@ class Confinement:
                 "cannot enforce the sandbox: filesystem-restricted execution requires bubblewrap to isolate "
                 "processes, and useLegacyLandlock asks for none"
             )
-        plan = await self.plans.plan(sandbox, cwd)
-        bubblewrap = await self.bubblewraps.find(plan.writable_roots)
         if tty:
             env = spawning.terminal_environment(env)
-        command, options = self._command(plan, bubblewrap, argv, arg0, env, tty=tty)
-        claim = None
+        plan, claim = await self._claimed_plan(sandbox, cwd)
         streams = None
         try:
+            bubblewrap = await self.bubblewraps.find(plan.writable_roots)
+            command, options = self._command(plan, bubblewrap, argv, arg0, env, tty=tty)
             where = _directory_inside(plan, cwd)
-            claim = self._mount_points.claim(_covered(plan))
             streams = spawning.open_terminal() if tty else spawning.open_pipes(pipe_stdin=pipe_stdin)
             launched = await self.launcher.launch(
                 bubblewrap,
@@ -150,8 +149,7 @@ class Confinement:
         except BaseException as error:
             if streams is not None:
                 streams.close_ours()
-            if claim is not None:
-                claim.release()
+            claim.release()
             if isinstance(error, OSError):
                 raise InternalError(os_error_text(error)) from error
             raise
@@ -159,6 +157,29 @@ class Confinement:
             if streams is not None:
                 streams.close_theirs()
         return _spawned(launched, streams, claim, tty=tty), launched.root
+
+    async def _claimed_plan(self, sandbox: Sandbox, cwd: bytes) -> tuple[MountPlan, Claim]:
+        """A plan, and a claim of what it mounts over.
+
+        What was there when it was made may be the mount point of another process in a sandbox, and go with
+        that before it is claimed; so it is looked at again.
+        """
+        plan = await self.plans.plan(sandbox, cwd)
+        for _ in range(CLAIM_TRIES):
+            try:
+                claim = self._mount_points.claim(_covered(plan))
+            except OSError as error:
+                raise InternalError(f"cannot enforce the sandbox: {os_error_text(error)}") from error
+            try:
+                again = await self.plans.plan(sandbox, cwd)
+            except BaseException:
+                claim.release()
+                raise
+            if again == plan:
+                return plan, claim
+            claim.release()
+            plan = again
+        raise InternalError("cannot enforce the sandbox: what its policy is about changes all the time")
 
     def _spawn_without_network(
         self,

@@ -190,6 +190,10 @@ def _is_below(path: bytes, root: bytes) -> bool:
     return path != root and path.startswith(root.rstrip(b"/") + b"/")
 
 
+class HelperNotStarted(InternalError):
+    """There is no helper, perhaps since its plan was not true any more; the request was not sent."""
+
+
 class _NotSent(Exception):
     """The helper had ended before it heard anything of the request."""
 
@@ -532,6 +536,8 @@ class Helpers:
             if isinstance(error, trio.TooSlowError):
                 words = f"cannot enforce the sandbox: it took more than {START_PATIENCE:g} s to set up"
                 raise InternalError(words) from None
+            if isinstance(error, InternalError):
+                raise HelperNotStarted(error.message) from error
             raise
         finally:
             _close_all(theirs)

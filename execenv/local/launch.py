@@ -229,6 +229,10 @@ class Launcher:
             child_pid = _child_pid(status)
             if not _passed(gate) or child_pid is None:
                 raise _failed(await _words_of(child, pidfd, said))
+            if root.mark is not None:
+                # It may have got its limits before the mark was set, and been listed as a child after that:
+                # in between, the kernel makes its namespaces.
+                set_mark(child_pid, root.mark)
             exchanged = _look_at_view(child_pid, plan, prefix)
             if exchanged is not None:
                 shown = os.fsdecode(exchanged)
