@@ -501,7 +501,7 @@ ESCAPES: tuple[Escape, ...] = (
     ),
     Escape(
         "/proc/sys, sysrq, core_pattern",
-        "/proc/sys and its like are read-only, or belong to nobody inside",
+        "/proc/sys is mounted read-only, and bubblewrap covers the others",
         """
         for name in ("sys/kernel/core_pattern", "sys/kernel/modprobe", "sys/vm/drop_caches", "sysrq-trigger",
                      "sys/kernel/hostname", "sys/fs/binfmt_misc/register"):

@@ -185,6 +185,8 @@ class Launcher:
                 *(b"--unshare-user", b"--unshare-pid", b"--unshare-ipc"),
                 *(() if plan.network else (b"--unshare-net",)),
                 *(b"--proc", prefix + b"/proc", b"--cap-drop", b"ALL"),
+                # bubblewrap's own cover is left out where the directory itself is read-only, as it is
+                *(b"--ro-bind-try", b"/proc/sys", prefix + b"/proc/sys"),
                 *(os.fsencode(option) for option in options),
                 *(b"--chdir", cwd, b"--block-fd", b"%d" % gate_end),
                 *(b"--json-status-fd", b"%d" % status_end, b"--seccomp", b"%d" % filter_end),
