@@ -796,6 +796,18 @@ def test_helper_imports_nothing_that_takes_long() -> None:
     }
 
 
+def test_name_in_another_case_is_the_same_where_case_does_not_count(
+    top: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = top.stat()
+    names = file_helper.GuardedNames({(found.st_dev, found.st_ino, b".git"): False}, frozenset())
+    names.mkdir(bytes(top / ".GIT"))
+    monkeypatch.setattr(file_helper, "folds_case", lambda directory: True)
+    with pytest.raises(PermissionError):
+        names.mkdir(bytes(top / ".Git"))
+    names.mkdir(bytes(top / "other"))
+
+
 @pytest.mark.parametrize(
     "value", [None, True, False, 0, -5, 2**63, "", 'a"\\\n\xff\u2028', [], [1, [2]], {"a": {"b": (1, None)}}]
 )

@@ -7,12 +7,13 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import pytest
-from attrs import define
+from attrs import define, evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -229,6 +230,14 @@ def test_calls_about_files_are_done_directly_only_where_nothing_is_restricted(
     assert execution(Sandbox(profile)) == expected
 
 
+def test_importing_the_planner_is_cheap() -> None:
+    code = "import sys, execenv.sandbox.plan; print({'trio', 'cattrs', 'orjson'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
 # What entries stand for.
 
 
@@ -408,6 +417,19 @@ def test_file_in_the_place_of_a_directory_is_held_instead() -> None:
     assert Bind(b"/srv/w/a.txt", True, 1, inode) in plan.operations
 
 
+def test_directory_in_which_nothing_can_be_made_is_held_instead() -> None:
+    class Sealed(FakeFacts):
+        def look(self, path: bytes) -> Fact | None:
+            fact = super().look(path)
+            return evolve(fact, sealed=True) if fact and path in {b"/", b"/srv/w/sub"} else fact
+
+    facts = Sealed({**HOST, "/srv/w/.codex": None})
+    listed: Listed = {":root": "write", "/srv/w": "write", "/srv/w/sub/none": "deny"}
+    plan = make_plan(managed(listed), facts)
+    assert plan.forbidden == ()
+    assert set(plan.writable_roots) == {b"/", b"/dev/shm", b"/srv", W, b"/srv/w/sub"}
+
+
 def test_file_as_a_writable_root_has_no_protected_names() -> None:
     assert plan_of({":root": "read", "/srv/w/a.txt": "write"}).forbidden == ()
 
@@ -531,6 +553,7 @@ def test_match_that_is_a_root_is_denied() -> None:
 def test_only_what_can_be_seen_is_searched() -> None:
     facts = FakeFacts({**HOST, "/srv/w/sub/deep/more/x": ""})
     listed: Listed = {"/srv/w": "read", "/srv/w/sub/deep": "deny", GlobRule("/**/*.env"): "deny"}
+    listed[GlobRule("/usr/**/*.env")] = "deny"
     make_plan(managed(listed), facts)
     below = {W + name for name in (b"", b"/.agents", b"/.aws", b"/.git", b"/sub")}
     assert set(facts.asked) == {b"/", b"/srv"} | below

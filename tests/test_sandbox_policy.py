@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -270,6 +271,40 @@ ONE_OF_SPECIALS = (
 )  # fmt: skip
 def test_what_is_no_sandbox_is_refused_in_the_words_of_the_reference(value: Any, message: str) -> None:
     assert refusal(value) == message
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-1, 2)
+    | st.sampled_from(("", "x", "/a", "file:///a", "restricted")),
+    lambda values: st.lists(values, max_size=2) | st.dictionaries(st.sampled_from(("type", "kind")), values),
+    max_leaves=3,
+)
+
+
+def _replaced(value: Any, draw: st.DataObject) -> Any:
+    """Something else in the place of a part, or without it."""
+    if isinstance(value, dict) and value and draw.draw(st.booleans()):
+        name = draw.draw(st.sampled_from(sorted(value)))
+        rest = {key: member for key, member in value.items() if key != name}
+        return rest if draw.draw(st.booleans()) else {**rest, name: _replaced(value[name], draw)}
+    if isinstance(value, list) and value and draw.draw(st.booleans()):
+        return [_replaced(value[0], draw), *value[1:]]
+    return draw.draw(json_values)
+
+
+@given(st.data())
+def test_whatever_is_sent_is_a_sandbox_or_refused(draw: st.DataObject) -> None:
+    entries = [entry(special("project_roots", subpath="x")), entry(path("file:///a"))]
+    context = {"cwd": "file:///a", "workspaceRoots": ["file:///a"]}
+    whole = sandbox(managed(*entries, glob_scan_max_depth=1), **context, policyContext=context)
+    value = _replaced(whole, draw)
+    try:
+        read = decode_sandbox(value)
+    except InvalidParams:
+        return
+    assert decode_sandbox(encode_sandbox(read)) == read
 
 
 def test_another_systems_path_is_read_because_it_depends_on_who_enforces_it() -> None:
@@ -619,6 +654,12 @@ def test_pattern_that_is_wrong_is_refused_and_says_why(pattern: str, why: str) -
         compile_pattern(pattern)
     assert caught.value.message.startswith("invalid glob pattern `")
     assert caught.value.message.endswith(f"`: {why}")
+
+
+@given(st.text("ab*?[]{},!^-\\\\/.", max_size=12))
+def test_any_text_is_a_pattern_or_refused(text: str) -> None:
+    with suppress(InvalidParams):
+        matches(text, "/a/b")
 
 
 def test_pattern_with_many_stars_takes_no_time() -> None:

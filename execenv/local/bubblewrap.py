@@ -7,10 +7,12 @@ import fcntl
 import math
 import os
 import re
+import select
 import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
@@ -37,6 +39,9 @@ TIME_LIMIT = 10.0
 """Seconds for each thing that a binary is asked when it is probed."""
 RETRY_AFTER = 1.0
 """Seconds for which a failed probe is taken to fail again."""
+
+REREAD_AFTER = 1.0
+"""Seconds for which a mount that was private is taken to be so still."""
 
 _SYSTEM_PLACES = frozenset(
     (b"/bin", b"/sbin", b"/usr/bin", b"/usr/sbin", b"/usr/local/bin", b"/usr/local/sbin", b"/usr/libexec")
@@ -256,7 +261,12 @@ class Bubblewraps:
             version = re.match(r"bubblewrap (\d\S*)", said.text)
             if said.status or version is None:
                 return Finding(path, problem=f"{name} is no bubblewrap{said.words}")
-            options = set(re.findall(r"--[a-z0-9-]+", (await self._run((path, b"--help"))).text))
+            said = await self._run((path, b"--help"))
+            if said.status:
+                return Finding(
+                    path, version[1], problem=f"bubblewrap {version[1]} ({name}) does not start{said.words}"
+                )
+            options = set(re.findall(r"--[a-z0-9-]+", said.text))
             found = Finding(path, version[1], "--argv0" in options)
             if missing := NEEDED - options:
                 return Finding(
@@ -420,8 +430,13 @@ class Propagation:
 
     def __init__(self, path: str = "/proc/self/mountinfo") -> None:
         self._fd = -1
+        self._poll = select.poll() if sys.platform == "linux" else None
+        self._any = True  # what cannot be known is taken for the worse
+        self._expires = -math.inf
         with suppress(OSError):
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if self._poll is not None:
+                self._poll.register(self._fd, select.POLLPRI | select.POLLERR)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -430,9 +445,15 @@ class Propagation:
 
     @property
     def any(self) -> bool:
-        # The kernel tells of mounts that come and go (proc(5)), but not when one becomes shared.
-        if self._fd < 0:
-            return True  # what cannot be known is taken for the worse
+        # The kernel marks the file when a mount comes or goes (proc(5)), but not when one becomes shared.
+        if self._fd >= 0 and self._poll is not None:
+            now = time.monotonic()
+            if self._poll.poll(0) or now >= self._expires:
+                self._expires = now + REREAD_AFTER
+                self._any = self._read()
+        return self._any
+
+    def _read(self) -> bool:
         data = b""
         while part := os.pread(self._fd, 64 * 1024, len(data)):
             data += part

@@ -44,6 +44,11 @@ SMALL = 1024 * 1024
 
 _MAX_LINKS = 40  # linux/namei.h
 _PROC_MAGIC = 0x9FA0  # linux/magic.h
+_CASE_COUNTS = frozenset((0x01021994, 0x794C7630, 0x6969, 0x2FC12FC1))
+"""Of tmpfs, overlay, NFS and ZFS, which may not say whether they fold case, and usually don't."""
+
+_GET_FLAGS = 0x80000000 | ctypes.sizeof(ctypes.c_long) << 16 | ord("f") << 8 | 1  # linux/fs.h
+_CASEFOLD = 0x40000000
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4  # linux/prctl.h
 _CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h
 _PARENT = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
@@ -66,6 +71,7 @@ class GuardedNames(disk.Names):
         self, forbidden: dict[tuple[int, int, bytes], bool], pinned: frozenset[tuple[int, int]]
     ) -> None:
         self._forbidden = forbidden
+        self._variants = {(device, inode, _folded(name)) for device, inode, name in forbidden}
         self._pinned = pinned
 
     def open(self, path: bytes, flags: int, mode: int = 0o666, *, dir_fd: int | None = None) -> int:
@@ -150,7 +156,10 @@ class GuardedNames(disk.Names):
         if not self._forbidden:
             return
         found = os.fstat(parent)
-        denied = self._forbidden.get((found.st_dev, found.st_ino, name))
+        place = (found.st_dev, found.st_ino)
+        denied = self._forbidden.get((*place, name))
+        if denied is None and (*place, _folded(name)) in self._variants and folds_case(parent):
+            denied = True
         if denied is not None:
             number = errno.EACCES if denied else protected or errno.EROFS
             raise OSError(number, os.strerror(number), path)
@@ -173,15 +182,38 @@ class GuardedNames(disk.Names):
             return
 
 
-def _refuse_process_memory(fd: int, path: bytes, *, writing: bool) -> None:
-    """Files of /proc are about this very process: who could write its memory could make it do anything."""
+def _folded(name: bytes) -> bytes:
+    return name.decode(errors="surrogateescape").casefold().encode(errors="surrogateescape")
+
+
+def folds_case(directory: int) -> bool:
+    """Whether names that differ in case only may be the same there; also where that is not known."""
+    library = libc()
+    assert library is not None
+    flags = ctypes.c_long()
+    fd = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        if not library.ioctl(fd, ctypes.c_ulong(_GET_FLAGS), ctypes.byref(flags)):
+            return bool(flags.value & _CASEFOLD)
+        return _magic(fd, b".") not in _CASE_COUNTS
+    finally:
+        os.close(fd)
+
+
+def _magic(fd: int, path: bytes) -> int:
+    """The kind of a file system, as statfs(2) has it."""
     library = libc()
     assert library is not None
     buffer = (ctypes.c_long * 32)()
     if library.fstatfs(fd, buffer):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), path)
-    if buffer[0] != _PROC_MAGIC or stat.S_ISDIR(os.fstat(fd).st_mode):
+    return buffer[0]
+
+
+def _refuse_process_memory(fd: int, path: bytes, *, writing: bool) -> None:
+    """Files of /proc are about this very process: who could write its memory could make it do anything."""
+    if _magic(fd, path) != _PROC_MAGIC or stat.S_ISDIR(os.fstat(fd).st_mode):
         return
     try:
         name = os.path.basename(os.readlink(b"/proc/self/fd/%d" % fd))

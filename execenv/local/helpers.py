@@ -49,6 +49,7 @@ MAX_HEADER = 64 * 1024
 MAX_BODY = 1024 * 1024 * 1024
 STDERR_TAIL = 4096
 PIECE = 1024 * 1024
+READ_SIZE = 64 * 1024
 
 VIEW = b"/.view"
 """Where the plan's view is, in a root that has nothing else but what runs the helper."""
@@ -265,7 +266,7 @@ class Helper:
             while received < wanted:
                 await trio.lowlevel.wait_readable(self.channel)
                 try:
-                    data = self._receive_now(fds, max(PIECE, min(wanted - received, 16 * PIECE)))
+                    data = self._receive_now(fds, max(READ_SIZE, min(wanted - received, 4 * PIECE)))
                 except BlockingIOError:
                     continue
                 if not data:

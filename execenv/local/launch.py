@@ -18,7 +18,7 @@ import signal
 import socket
 import stat
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 import trio
@@ -38,6 +38,7 @@ END_PATIENCE = 5.0
 NOT_EXECUTED = 127
 """The status of a program that could not be executed inside, as shells have it."""
 
+_ROOTS_OF_PROC = b"acpi bus driver fs irq mtrr scsi sys sysrq-trigger".split()
 _RESOLVE_NO_SYMLINKS = 0x04  # linux/openat2.h
 _RESOLVE_IN_ROOT = 0x10
 
@@ -184,9 +185,7 @@ class Launcher:
                 *arguments(plan, fds[:count], prefix=prefix),
                 *(b"--unshare-user", b"--unshare-pid", b"--unshare-ipc"),
                 *(() if plan.network else (b"--unshare-net",)),
-                *(b"--proc", prefix + b"/proc", b"--cap-drop", b"ALL"),
-                # bubblewrap's own cover is left out where the directory itself is read-only, as it is
-                *(b"--ro-bind-try", b"/proc/sys", prefix + b"/proc/sys"),
+                *(b"--proc", prefix + b"/proc", *_shut_proc(prefix), b"--cap-drop", b"ALL"),
                 *(os.fsencode(option) for option in options),
                 *(b"--chdir", cwd, b"--block-fd", b"%d" % gate_end),
                 *(b"--json-status-fd", b"%d" % status_end, b"--seccomp", b"%d" % filter_end),
@@ -204,7 +203,7 @@ class Launcher:
             child, root = self.spawn(
                 [*bubblewrap.unshare, bubblewrap.executable, b"--args", b"%d" % options_fd, b"--", *command],
                 (stdin, stdout, stderr),
-                (*fds, *pass_fds, *(() if bubblewrap.fd is None else (bubblewrap.fd,))),
+                (*fds, *pass_fds, *bubblewrap.pass_fds),
             )
         except OSError as error:
             close_all(ours)
@@ -276,6 +275,17 @@ class Launcher:
                 child.wait()
                 self._known.discard(child.pid)
                 raise
+
+
+def _shut_proc(prefix: bytes) -> Iterator[bytes]:
+    """Options against what root may write in /proc by its number alone, without a capability (core_pattern).
+
+    bubblewrap covers some of it only where the directory itself can be written. What is of the process itself
+    stays writable: programs that make namespaces need it.
+    """
+    if os.geteuid() == 0:
+        for name in _ROOTS_OF_PROC:
+            yield from (b"--ro-bind-try", b"/proc/" + name, prefix + b"/proc/" + name)
 
 
 def _failed(words: str) -> InternalError:

@@ -44,8 +44,10 @@ def registry_directory() -> str:
             # Root that came by sudo has the variable of somebody else.
             if os.path.isabs(base) and os.stat(base).st_uid == os.geteuid():
                 return os.path.join(base, "execenv")
-    # not TMPDIR: all programs of the user must find the same
-    return f"/tmp/execenv-{os.geteuid()}"  # noqa: S108 - looked at closely before it is used
+    # Not TMPDIR: all programs of the user must find the same. Rather /dev/shm than /tmp, which sandboxes are
+    # often given to write, while they have a /dev of their own.
+    base = next((base for base in ("/dev/shm", "/tmp") if os.access(base, os.W_OK)), "/tmp")  # noqa: S108
+    return f"{base}/execenv-{os.geteuid()}"
 
 
 class _Entry:
@@ -123,7 +125,8 @@ class Claim:
                         entry.inode = (found.st_dev, found.st_ino)
         started = None if pid is None else _started(pid)
         line = {"created": [entry.inode for entry in self._entries], "pid": pid, "started": started}
-        _append(self._fd, line)
+        with suppress(OSError):  # no room: then a path is taken for ours by its name and its parent
+            _append(self._fd, line)
 
     def release(self) -> None:
         """Remove what came into being by this claim, is empty, and is in no other live claim.
@@ -178,7 +181,7 @@ class MountPoints:
                 file. Missing directories above them are claimed too.
 
         Raises:
-            OSError: there is no directory for claims that is this user's alone.
+            OSError: there is no directory for claims that is this user's alone, or no room in it.
         """
         wanted = list(paths)
         if not wanted:

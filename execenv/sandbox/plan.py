@@ -52,12 +52,20 @@ MAX_LINKS = 40
 
 @frozen
 class Fact:
-    """What is at a path, not following a link there. `target`: of a symlink, as it is written."""
+    """What is at a path, not following a link there.
+
+    Attributes:
+        target: of a symlink, as it is written.
+        sealed: a directory in which the user whose programs are sandboxed can make nothing, and which is not
+            theirs, so that they cannot change that. There is nothing to cover in it then, and bubblewrap
+            could not.
+    """
 
     kind: FactKind
     device: int
     inode: int
     target: bytes | None = None
+    sealed: bool = False
 
 
 class Facts(Protocol):
@@ -578,7 +586,7 @@ class _Planner:
             if place.missing is not None or place.path in opened:
                 return  # whoever makes a link must not take away what the policy is about
             path = place.path
-        if self.access(path) != "own" and self.look(path) is not None:
+        if self.look(path) is not None:
             self.put(path, "deny")
 
     def protect(self, lifted: set[bytes]) -> list[tuple[bytes, Access]]:
@@ -608,12 +616,13 @@ class _Planner:
             if path in self.covered:
                 self.put(path, access)
             elif self.access(parent) == "write":
-                if self.kind(parent) == "directory":
+                fact = self.look(parent)
+                if fact is not None and fact.kind == "directory" and not fact.sealed:
                     self.rules[path] = access
                     self.covered.add(path)
                     self.explicit.add(path)
                 else:
-                    # Nothing can be below it while it is there, so it must stay what it is.
+                    # Nothing can be made in it while it is there, so it must stay what it is.
                     self.rules.setdefault(parent, "write")
                     self.explicit.add(parent)
 
@@ -621,13 +630,17 @@ class _Planner:
         """Bind what is between a writable root and an explicit path onto itself."""
         held: set[bytes] = set()
         for path in self.explicit:
-            above, access = b"/", self.rules.get(b"/")
-            for name in _names(path)[1:-1]:
-                above = _join(above, name)
-                if above in self.rules:
-                    access = self.rules[above]
-                elif access == "write":
-                    held.add(above)
+            between: list[bytes] = []
+            while path != b"/":
+                path = _parent(path)
+                if path not in self.rules:
+                    between.append(path)
+                    continue
+                if self.rules[path] == "write":
+                    held.update(between)
+                if path in self.explicit:
+                    break  # what is above that is found from there
+                between = []
         self.rules.update(dict.fromkeys(held, "write"))
 
     # Saying.
@@ -644,8 +657,15 @@ class _Planner:
         shut: list[bytes] = []
         mask_over: dict[bytes, bytes] = {}
         reopened: dict[bytes, list[bytes]] = {}
-        for path in sorted((path for path, rule in self.rules.items() if rule != "own"), key=_names):
-            rule, above = self.rules[path], self.above(path)
+        trail: list[bytes] = []  # the rules that the current one is below, and itself
+        for path in sorted(self.rules, key=_names):
+            rule = self.rules[path]
+            while trail and not is_within(path, trail[-1]):
+                trail.pop()
+            above = trail[-1] if trail else None
+            trail.append(path)
+            if rule == "own":
+                continue
             inherited = None if above is None else self.rules[above]
             mask = None if above is None else mask_over.get(above)
             if rule == "deny" and inherited in _VISIBLE:
@@ -664,14 +684,6 @@ class _Planner:
         for path in (*shown, *shut):
             if path != b"/" or self.rules[path] == "write":
                 yield self.operation(path, reopened.get(path, ()))
-
-    def above(self, path: bytes) -> bytes | None:
-        """The nearest place above a path that has a rule."""
-        while path != b"/":
-            path = _parent(path)
-            if path in self.rules:
-                return path
-        return None
 
     def operation(self, path: bytes, reopened: Iterable[bytes]) -> Operation:
         rule, fact = self.rules[path], self.look(path)

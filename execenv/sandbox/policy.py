@@ -363,7 +363,7 @@ def decode_sandbox(value: Any) -> Sandbox:
     if members.get("windowsSandboxProxySettingsMode") is not None:
         _variant(members["windowsSandboxProxySettingsMode"], _PROXY_MODES)
     cwd, roots = _optional_path(members.get("cwd")), _paths(members.get("workspaceRoots", []))
-    context = members.get("policyContext")
+    context, temporary = members.get("policyContext"), members.get("temporaryDirectories")
     if context is not None:
         context = _map(context, "struct FileSystemSandboxPolicyContext")
         cwd, roots = _optional_path(context.get("cwd")), _paths(context.get("workspaceRoots", []))
@@ -372,7 +372,7 @@ def decode_sandbox(value: Any) -> Sandbox:
         cwd,
         roots,
         _optional_path(members.get("userHomeDir")),
-        _paths(members.get("temporaryDirectories") or []),
+        _paths([] if temporary is None else temporary),
         _boolean(members.get("useLegacyLandlock", False)),
         context is not None,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
+from functools import cache
 
 from execenv.errors import NotSupported
 
@@ -91,6 +92,7 @@ _ALLOW, _REFUSE, _KILL = 0x7FFF_0000, 0x0005_0000 | 1, 0x8000_0000  # linux/secc
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # struct seccomp_data
 
 
+@cache
 def compile_filter(*, network: bool, machine: str | None = None) -> bytes:
     """The BPF program, 8 bytes for each instruction.
 
