@@ -216,7 +216,7 @@ ESCAPES: tuple[Escape, ...] = (
         PIDS,
         """
         for pid in {victim, server, *everyone()}:
-            attempt(append, f"/proc/{pid}/cwd/canary")
+            if os.path.exists(f"/proc/{pid}/cwd/canary"): attempt(append, f"/proc/{pid}/cwd/canary")
             attempt(show, f"/proc/{pid}/cwd/secret")
         """,
     ),
