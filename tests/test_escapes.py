@@ -402,7 +402,7 @@ async def test_escape_is_stopped(escape: Escape, place: Place, outside: Outside)
         ran = await outside.run(client, escape, sandboxed=True)
     harm = outside.harm(ran.text)
     assert harm == [], ran.text
-    assert ran.text.splitlines()[-1:] == ["tried"], ran
+    assert "tried" in ran.text.splitlines(), ran  # what goes to stderr may come behind it
 
 
 @pytest.mark.parametrize("escape", [one for one in ESCAPES if one.control], ids=lambda escape: escape.name)
