@@ -341,8 +341,7 @@ class FakeHost:
             environment.closed = True
 
 
-requires_bubblewrap = pytest.mark.skipif(
-    shutil.which("bwrap") is None and os.environ.get("EXECENV_REQUIRE_TOOLS") != "1",
-    reason="bubblewrap is not installed",
-)
+lacks_bubblewrap = shutil.which("bwrap") is None and os.environ.get("EXECENV_REQUIRE_TOOLS") != "1"
+
+requires_bubblewrap = pytest.mark.skipif(lacks_bubblewrap, reason="bubblewrap is not installed")
 """For tests of what needs it. Where tools are required they run all the same, and fail."""

@@ -640,6 +640,27 @@ async def test_cancelled_call_ends_its_helper_and_leaves_the_others(
     await files.write_file(at(top / "w" / "n"), b"again")
 
 
+async def test_start_that_is_cancelled_leaves_no_process(
+    guard: Guard, local: LocalEnvironment, top: Path
+) -> None:
+    await confined(local, top, *RR).read_file(at(top / "w" / "a.txt"))
+    before = len(os.listdir("/proc/self/fd")), descendants()
+    cancelled = 0
+    for delay in range(40):
+        entries = (*RR, ("out", "read" if delay % 2 else "write"))
+        with trio.move_on_after(delay / 2000) as scope:
+            await confined(local, top, *entries).read_file(at(top / "w" / "a.txt"))
+        if not scope.cancelled_caught:
+            pids = guard.helpers.pids
+            guard.helpers.end_idle()
+            await ended(pids)
+            await confined(local, top, *RR).read_file(at(top / "w" / "a.txt"))
+        cancelled += scope.cancelled_caught
+    assert cancelled
+    assert len(descendants()) == len(before[1])
+    assert len(os.listdir("/proc/self/fd")) == before[0]
+
+
 async def test_fifo_is_written_when_somebody_reads_it(local: LocalEnvironment, top: Path) -> None:
     files = confined(local, top, *WS)
     big = b"0123456789" * 50_000

@@ -15,7 +15,7 @@ import pytest
 import trio
 
 from tests.conftest import SERVE, WebsocketServer
-from tests.fakes import Watched
+from tests.fakes import Watched, lacks_bubblewrap
 from tests.test_cli import started
 
 ROOT = Path(__file__).parent.parent
@@ -178,6 +178,8 @@ def test_readme_has_programs_and_commands() -> None:
 async def test_program_of_the_readme_prints_what_it_says(
     program: str, websocket_server: WebsocketServer, at_home: Path
 ) -> None:
+    if lacks_bubblewrap and "sandboxed" in program:
+        pytest.skip("bubblewrap is not installed")
     program = program.replace("ws://127.0.0.1:8765", websocket_server.url)
     with trio.fail_after(TIME_LIMIT):
         done = await trio.run_process(
@@ -194,6 +196,8 @@ async def test_program_of_the_readme_prints_what_it_says(
 async def test_command_of_the_readme_works(
     command: str, websocket_server: WebsocketServer, at_home: Path
 ) -> None:
+    if lacks_bubblewrap and re.search("--sandbox|doctor", command):
+        pytest.skip("bubblewrap is not installed")
     if command.startswith("execenv serve"):
         argv = shlex.split(command.replace("127.0.0.1:8765", "127.0.0.1:0"))
         async with started(argv) as server:

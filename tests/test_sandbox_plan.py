@@ -201,6 +201,15 @@ def test_view_below_a_prefix_has_the_hosts_sources() -> None:
     assert options(plan_of({":root": "write", "/etc": "read"}), b"/v").startswith("--bind / /v --dev /v/dev")
 
 
+def test_each_bare_directory_is_made_for_everybody() -> None:
+    tree: Tree = {"/a/b": None, "/a/c/d": None, "/a/c/e": None, "/a/up": "-> ..", "/z/y/x": None}
+    listed: Listed = {"/a/b": "read", "/a/c/d": "read", "/a/c/e": "read", "/a/up/z/y/x": "write"}
+    assert options(plan_of(listed, tree)).startswith(
+        "--tmpfs / --dev /dev --dir /a --symlink .. /a/up --ro-bind /a/b /a/b --dir /a/c "
+        "--ro-bind /a/c/d /a/c/d --ro-bind /a/c/e /a/c/e --dir /z/y --bind /z/y/x /z/y/x --perms 555"
+    )
+
+
 def test_network_of_the_plan_is_that_of_the_profile() -> None:
     assert not plan_of({}).network
     assert make_plan(Sandbox(SandboxProfile.read_only(network="enabled")), FakeFacts(HOST)).network

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import marshal
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -338,7 +339,7 @@ class Helper:
             except OSError as error:
                 logger.warning("a helper for sandboxed files could not be looked after: %s", error)
                 with suppress(ProcessLookupError):
-                    os.kill(self.launched.pid, 9)
+                    os.kill(self.launched.pid, signal.SIGKILL)
             with trio.move_on_after(KILL_PATIENCE):
                 while self.launched.poll() is None:  # noqa: ASYNC110 - the kernel is a moment behind it
                     await trio.sleep(0.002)
@@ -472,6 +473,12 @@ class Helpers:
                     self._end_soon(helper)
                 if not pool.idle and not pool.in_use:
                     del self._pools[plan]
+
+    def end_idle(self) -> None:
+        """End those that have nothing to do now."""
+        for pool in self._pools.values():
+            while pool.idle:
+                self._end_soon(pool.idle.pop())
 
     def _end_soon(self, helper: Helper) -> None:
         self._nursery.start_soon(helper.end, self._known)  # shielded: it is done however we end

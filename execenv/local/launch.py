@@ -28,7 +28,7 @@ from execenv.errors import InternalError, os_error_text
 from execenv.local.bubblewrap import Bubblewrap
 from execenv.local.mounts import openat2
 from execenv.local.spawn import close_all, exit_code_of
-from execenv.local.tree import Marks, Root, birthmark, children_of, set_mark
+from execenv.local.tree import Marks, Root, birthmark, children_of, set_mark, signal_tree
 from execenv.sandbox.plan import Bind, Mask, MountPlan, arguments, count_data_fds
 
 MAX_WORDS = 8_900
@@ -230,7 +230,7 @@ class Launcher:
             return Launched(child.pid, child_pid, root, pidfd, child, status_fd, status, as_pid_1)
         except BaseException as error:
             with trio.CancelScope(shield=True):
-                await _end(child, pidfd)
+                await _end(child, pidfd, root, self._known)
             self._known.discard(child.pid)
             ours.remove(status_fd)
             close_all([status_fd, *(() if pidfd is None else (pidfd,))])
@@ -319,7 +319,10 @@ async def _words_of(child: subprocess.Popen[bytes], pidfd: int, said: Callable[[
     return " ".join(said().decode(errors="replace").split())
 
 
-async def _end(child: subprocess.Popen[bytes], pidfd: int | None) -> None:
+async def _end(child: subprocess.Popen[bytes], pidfd: int | None, root: Root, known: set[int]) -> None:
+    # With all it has forked: what is inside dies with it only from some moment on, and waits until then.
+    with suppress(OSError):
+        await signal_tree(root, known).finish(END_PATIENCE)
     child.send_signal(signal.SIGKILL)
     if pidfd is not None:
         with trio.move_on_after(END_PATIENCE):

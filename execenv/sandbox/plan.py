@@ -244,20 +244,21 @@ def arguments(plan: MountPlan, data_fds: Iterable[int], *, prefix: bytes = b"") 
     if plan.whole and operations and operations[0].path == b"/":
         base, operations = [b"--bind", b"/", root], operations[1:]
     options = [*base, b"--dev", prefix + _DEV]
-    shown = [b"/"] if plan.whole else []
+    bound = [b"/"] if plan.whole else []
+    bare = {b"/"}
     for op in operations:
         if isinstance(op, Mask):
             options += _mask_options(op, fds, prefix)
             continue
         above = _parent(op.path)
-        if above != b"/" and not any(is_within(above, path) for path in shown):
+        if above not in bare and not any(is_within(above, path) for path in bound):
             options += (b"--dir", prefix + above)
-            shown.append(above)
+            bare.add(above)
         if isinstance(op, Link):
             options += (b"--symlink", op.target, prefix + op.path)
         else:
             options += (b"--bind" if op.writable else b"--ro-bind", op.path, prefix + op.path)
-            shown.append(op.path)
+            bound.append(op.path)
     if not plan.whole:
         options += (b"--dir", prefix + _PROC, b"--remount-ro", root)
     return options
@@ -716,10 +717,9 @@ class _Planner:
     def target(self, link: bytes, target: bytes) -> bytes:
         """As it is written, unless it goes through directories that need not be in the view."""
         names = [name for name in _names(target) if name not in _NO_NAME]
-        climbs = any(
-            name == b".." for name in names[next((at for at, n in enumerate(names) if n != b".."), 0) :]
-        )
-        return self.resolve(link).path if climbs else target
+        while names[:1] == [b".."]:
+            del names[0]
+        return self.resolve(link).path if b".." in names else target
 
 
 class _Walk:

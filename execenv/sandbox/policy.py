@@ -657,19 +657,3 @@ def _given_special(word: str) -> SpecialRule:
         return SpecialRule("project_roots", check_subpath(subpath))
     except InvalidParams as error:
         raise UsageError(error.message) from None
-
-
-def is_unrestricted(sandbox: Any) -> bool:
-    """Whether a request with this `sandbox` may do all that one without may do.
-
-    Raises:
-        InvalidParams: if it is no sandbox context.
-    """
-    if sandbox is None:
-        return True
-    if not isinstance(sandbox, dict):
-        raise InvalidParams("invalid type: expected struct FileSystemSandboxContext")
-    if "permissions" not in sandbox:
-        raise InvalidParams("missing field `permissions`")
-    permissions = sandbox["permissions"]
-    return isinstance(permissions, dict) and permissions.get("type") == "disabled"

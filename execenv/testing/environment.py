@@ -371,8 +371,13 @@ class ScriptedProcesses(Processes):
     def _check(self, params: ProcessStartParams) -> Script:
         if not params.argv:
             raise InvalidParams("argv must not be empty")
-        confined = ("sandbox", "managed_network", "network_proxy", "shell_snapshot", "credential_providers")
-        if params.enforce_managed_network or any(getattr(params, name) is not None for name in confined):
+        confined = ("managed_network", "network_proxy", "shell_snapshot", "credential_providers")
+        sandboxed = params.sandbox is not None and params.sandbox.profile.enforces
+        if (
+            sandboxed
+            or params.enforce_managed_network
+            or any(getattr(params, name) is not None for name in confined)
+        ):
             raise NotSupported("a fake environment confines nothing, so the process was not started")
         taken = self._by_id.get(params.process_id)
         if taken is not None:
