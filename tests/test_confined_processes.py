@@ -16,8 +16,8 @@ from attrs import evolve
 
 from execenv import Environment, PathUri, ProcessNotStarted, SandboxProfile, open_environment
 from execenv.errors import InternalError, NotSupported
-from execenv.local import open_guard
 from execenv.local import launch as launching
+from execenv.local import open_guard
 from execenv.local.output_log import OutputLog
 from execenv.local.spawn import open_pipes
 from execenv.protocol import ProcessStartParams
@@ -237,11 +237,11 @@ async def test_a_thousand_starts_leave_everything_as_it_was(workspace: Path) -> 
                 await environment.run(["/bin/true"], sandbox=WRITE, cwd=workspace)
 
         await run()
-        before = children(), descriptors(), sorted(os.listdir("/tmp"))  # noqa: S108
+        before = children(), descriptors(), sorted(os.listdir("/tmp"))
         async with trio.open_nursery() as nursery:
             for _ in range(1000):
                 nursery.start_soon(run)
-        assert (children(), descriptors(), sorted(os.listdir("/tmp"))) == before  # noqa: S108
+        assert (children(), descriptors(), sorted(os.listdir("/tmp"))) == before
     assert os.listdir(workspace) == ["file"]
 
 
