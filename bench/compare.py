@@ -1,6 +1,6 @@
 """A yardstick: how fast a server does the everyday things, side by side with others, in one run.
 
-    python bench/compare.py [--rounds N] [NAME=COMMAND ...]
+    python bench/compare.py [--rounds N] [--sandbox] [NAME=COMMAND ...]
 
 Without words it takes this machine without a server (`local`), `execenv serve`, and `codex exec-server` if
 there is one: where EXECENV_CODEX says, on PATH, or where the interop tests put it. A COMMAND prints its
@@ -18,7 +18,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -26,12 +26,15 @@ from time import perf_counter
 
 import trio
 
-from execenv import Environment, EnvironmentPath, open_environment
+from execenv import Environment, EnvironmentPath, SandboxProfile, open_environment
 
 MIB = 1 << 20
 LOCAL, OURS = "local", "execenv"
 
 Measure = Callable[[str], Awaitable[float]]
+Measures = Sequence[tuple[str, Measure, str]]
+MakeProfile = Callable[[EnvironmentPath], SandboxProfile]
+FileWork = Callable[[EnvironmentPath], Awaitable[None]]
 
 
 async def _seconds_each(action: Callable[[], Awaitable[object]], count: int) -> float:
@@ -175,6 +178,57 @@ async def upload_tree(target: str) -> float:
         return 400 / (perf_counter() - began)
 
 
+async def _median_ms(action: Callable[[], Awaitable[object]], count: int) -> float:
+    """The first calls, which start whatever they need, weigh no more than others."""
+    return statistics.median([await _seconds_each(action, 1) for _ in range(count)]) * 1e3
+
+
+def _only(folder: EnvironmentPath) -> SandboxProfile:
+    """What programs need, and one directory to read."""
+    return SandboxProfile.managed({":minimal": "read", str(folder): "read"})
+
+
+def _writing(folder: EnvironmentPath) -> SandboxProfile:
+    """Everything to read, one directory to write; no network."""
+    return SandboxProfile.workspace_write([str(folder)], temporary=False)
+
+
+async def _sandboxed_files(
+    target: str, profile: MakeProfile, work: FileWork, *, folders: int, calls: int
+) -> float:
+    """The median of a call about a file of 1 KiB: of the first in each directory, or of the later ones."""
+    times: list[float] = []
+    for _ in range(folders):
+        async with _folder(target) as (env, folder):
+            await (folder / "small").write_bytes(bytes(1024))
+            confined = (await env.sandboxed(profile(folder), cwd=str(folder))).path(str(folder / "small"))
+            first = await _seconds_each(partial(work, confined), 1) * 1e3
+            times.append(first if calls == 1 else await _median_ms(partial(work, confined), calls))
+    return statistics.median(times)
+
+
+async def _read(path: EnvironmentPath) -> None:
+    await path.read_bytes()
+
+
+async def _write(path: EnvironmentPath) -> None:
+    await path.write_bytes(bytes(1024))
+
+
+async def sandboxed_spawn(target: str) -> float:
+    """Milliseconds of `/bin/true` from its start to its end, in a workspace that may be written."""
+    async with _folder(target) as (env, folder):
+        confined = await env.sandboxed(_writing(folder), cwd=str(folder))
+        return await _median_ms(partial(confined.run, ["/bin/true"]), 20)
+
+
+async def sandboxed_spawn_first(target: str) -> float:
+    """The first one of a connection."""
+    async with _folder(target) as (env, folder):
+        confined = await env.sandboxed(_writing(folder), cwd=str(folder))
+        return await _median_ms(partial(confined.run, ["/bin/true"]), 1)
+
+
 MEASURES: tuple[tuple[str, Measure, str], ...] = (
     ("connect and leave", connect, "ms"),
     ("run /bin/true", spawn, "ms"),
@@ -190,6 +244,23 @@ MEASURES: tuple[tuple[str, Measure, str], ...] = (
     ("upload 64 MiB", upload, "MiB/s"),
     ("upload a tree", upload_tree, "op/s"),
 )
+SANDBOX_MEASURES: tuple[tuple[str, Measure, str], ...] = (
+    (
+        "sandboxed read 1 KiB",
+        partial(_sandboxed_files, profile=_only, work=_read, folders=1, calls=40),
+        "ms",
+    ),
+    ("... the first", partial(_sandboxed_files, profile=_only, work=_read, folders=5, calls=1), "ms"),
+    (
+        "sandboxed write 1 KiB",
+        partial(_sandboxed_files, profile=_writing, work=_write, folders=1, calls=40),
+        "ms",
+    ),
+    ("... the first ", partial(_sandboxed_files, profile=_writing, work=_write, folders=5, calls=1), "ms"),
+    ("sandboxed /bin/true", sandboxed_spawn, "ms"),
+    ("... the first  ", sandboxed_spawn_first, "ms"),
+)
+"""Median milliseconds, for servers with bubblewrap. A first call has a policy that was not seen before."""
 
 
 def find_codex() -> str | None:
@@ -212,7 +283,10 @@ def default_commands() -> dict[str, str]:
 @asynccontextmanager
 async def open_server(env: Environment, command: str, home: str) -> AsyncIterator[str]:
     """Run a server; its URL."""
-    async with env.open_process(shlex.split(command), extra_env={"CODEX_HOME": home}) as process:
+    # codex cannot confine anything with a CODEX_HOME below the directory for temporary files
+    temporary = tempfile.mkdtemp(dir=home)
+    variables = {"CODEX_HOME": home, "TMPDIR": temporary}
+    async with env.open_process(shlex.split(command), extra_env=variables) as process:
         printed = b""
         while not (b"ws://" in printed and printed.endswith(b"\n")):
             data = await process.stdout.receive_some()
@@ -222,11 +296,13 @@ async def open_server(env: Environment, command: str, home: str) -> AsyncIterato
         yield "ws://" + printed.decode().partition("ws://")[2].split()[0]
 
 
-async def measure_all(targets: Mapping[str, str], rounds: int) -> dict[tuple[str, str], float]:
+async def measure_all(
+    targets: Mapping[str, str], measures: Measures, rounds: int
+) -> dict[tuple[str, str], float]:
     """The median of each measure for each target."""
     samples: dict[tuple[str, str], list[float]] = {}
     for _ in range(rounds):
-        for title, measure, _unit in MEASURES:
+        for title, measure, _unit in measures:
             for name, target in targets.items():
                 samples.setdefault((title, name), []).append(await measure(target))
     return {key: statistics.median(values) for key, values in samples.items()}
@@ -237,11 +313,11 @@ def ratio(ours: float, other: float, unit: str) -> float:
     return other / ours if unit == "ms" else ours / other
 
 
-def print_table(names: list[str], medians: Mapping[tuple[str, str], float]) -> None:
+def print_table(names: list[str], measures: Measures, medians: Mapping[tuple[str, str], float]) -> None:
     others = [name for name in names if name not in (LOCAL, OURS)] if OURS in names else []
     heads = ["", "", *names, *(f"x {name}" for name in others)]
     rows = [heads]
-    for title, _, unit in MEASURES:
+    for title, _, unit in measures:
         values = [medians[title, name] for name in names]
         ratios = [ratio(medians[title, OURS], medians[title, name], unit) for name in others]
         rows.append([title, unit, *map(_shown, values), *(f"{value:.2f}" for value in ratios)])
@@ -256,19 +332,21 @@ def _shown(value: float) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
 
 
-async def main(commands: Mapping[str, str], rounds: int) -> None:
+async def main(commands: Mapping[str, str], measures: Measures, rounds: int) -> None:
     targets = {LOCAL: "local"}
     with tempfile.TemporaryDirectory() as home:
         async with open_environment("local") as env, AsyncExitStack() as stack:
             for name, command in commands.items():
                 targets[name] = await stack.enter_async_context(open_server(env, command, home))
-            print_table(list(targets), await measure_all(targets, rounds))
+            print_table(list(targets), measures, await measure_all(targets, measures, rounds))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3, help="turns for each server (3)")
+    parser.add_argument("--sandbox", action="store_true", help="only what is done under a sandbox")
     parser.add_argument("servers", nargs="*", metavar="NAME=COMMAND")
     options = parser.parse_args()
     named = dict(word.split("=", 1) for word in options.servers)
-    trio.run(main, named or default_commands(), options.rounds)
+    measures = SANDBOX_MEASURES if options.sandbox else MEASURES
+    trio.run(main, named or default_commands(), measures, options.rounds)

@@ -216,7 +216,7 @@ ESCAPES: tuple[Escape, ...] = (
         PIDS,
         """
         for pid in {victim, server, *everyone()}:
-            attempt(append, f"/proc/{pid}/cwd/canary")
+            if os.path.exists(f"/proc/{pid}/cwd/canary"): attempt(append, f"/proc/{pid}/cwd/canary")
             attempt(show, f"/proc/{pid}/cwd/secret")
         """,
     ),
@@ -501,7 +501,7 @@ ESCAPES: tuple[Escape, ...] = (
     ),
     Escape(
         "/proc/sys, sysrq, core_pattern",
-        "/proc/sys and its like are read-only, or belong to nobody inside",
+        "/proc/sys is mounted read-only, and bubblewrap covers the others",
         """
         for name in ("sys/kernel/core_pattern", "sys/kernel/modprobe", "sys/vm/drop_caches", "sysrq-trigger",
                      "sys/kernel/hostname", "sys/fs/binfmt_misc/register"):

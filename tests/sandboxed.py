@@ -25,9 +25,6 @@ import execenv
 from tests.conftest import ANY_PORT, run_websocket_server
 from tests.traces import open_trio_websocket
 
-ENFORCED = True
-"""Whether our server enforces restricted sandboxes. Until it does, what needs it is expected to fail."""
-
 NOBODY = 65534
 AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--")
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"

@@ -35,7 +35,6 @@ from tests.escapes import ESCAPES, OTHERS, Codex, Escape, table
 from tests.interop.codex import ProcessMark, require_codex
 from tests.sandbox_rows import read, write
 from tests.sandboxed import (
-    ENFORCED,
     PATIENCE,
     SYSTEM_PYTHON,
     Json,
@@ -57,10 +56,6 @@ from tests.sandboxed import (
 SERVER = os.environ.get("EXECENV_ESCAPE_SERVER", "execenv")
 DOCS = Path(__file__).parents[1] / "docs" / "escapes.md"
 ENVIRONMENT_KEY = "EXECENV_TEST_SECRET"
-
-enforced = pytest.mark.xfail(
-    SERVER == "execenv" and not ENFORCED, reason="sandboxes are not enforced yet", strict=False
-)
 
 _LAUNCHER = dedent("""\
     import ctypes, os, sys
@@ -394,7 +389,6 @@ def _skip_if_for_others(escape: Escape, user: int) -> None:
         pytest.skip("needs root to prepare it")
 
 
-@enforced
 @pytest.mark.parametrize("escape", ESCAPES, ids=lambda escape: escape.name)
 async def test_escape_is_stopped(escape: Escape, place: Place, outside: Outside) -> None:
     _skip_if_for_others(escape, place.server.user)
@@ -402,7 +396,7 @@ async def test_escape_is_stopped(escape: Escape, place: Place, outside: Outside)
         ran = await outside.run(client, escape, sandboxed=True)
     harm = outside.harm(ran.text)
     assert harm == [], ran.text
-    assert ran.text.splitlines()[-1:] == ["tried"], ran
+    assert "tried" in ran.text.splitlines(), ran  # what goes to stderr may come behind it
 
 
 @pytest.mark.parametrize("escape", [one for one in ESCAPES if one.control], ids=lambda escape: escape.name)
@@ -443,7 +437,6 @@ async def swapping(client: RawClient, sandbox: Json, one: Path, other: Path) -> 
         await client.output(process_id)
 
 
-@enforced
 async def test_file_calls_do_not_follow_a_link_that_is_swapped_under_them(
     place: Place, outside: Outside
 ) -> None:
@@ -469,7 +462,6 @@ async def test_file_calls_do_not_follow_a_link_that_is_swapped_under_them(
     assert len(write_answers) > 1
 
 
-@enforced
 async def test_nested_entries_hold_while_a_confined_process_swaps_their_directories(
     place: Place, outside: Outside
 ) -> None:
@@ -520,10 +512,10 @@ async def test_nested_entries_hold_while_a_confined_process_swaps_their_director
                 answer = await client.ask(method, {**params, "sandbox": denied})
                 if "result" in answer:
                     texts.append(b64decode(answer["result"]["dataBase64"]).decode())
-    assert outside.harm("".join(texts)) == []
+    harm = outside.harm("".join(texts))
+    assert harm == [], "\n".join(harm)
 
 
-@enforced
 async def test_root_that_is_renamed_between_calls_is_not_written_to(place: Place, outside: Outside) -> None:
     workspace, old = outside.workspace, outside.tree.top / "old"
     sandbox = context(restricted(special("root"), entry(str(workspace), "write")))
@@ -545,7 +537,6 @@ async def test_root_that_is_renamed_between_calls_is_not_written_to(place: Place
     assert _state(old) == was
 
 
-@enforced
 async def test_file_that_a_pattern_denies_is_denied_though_it_came_later(
     place: Place, outside: Outside
 ) -> None:
@@ -565,7 +556,6 @@ async def test_file_that_a_pattern_denies_is_denied_though_it_came_later(
     assert outside.harm("".join(texts)) == []
 
 
-@enforced
 async def test_denied_file_is_denied_though_its_directory_was_renamed_inside(
     place: Place, outside: Outside
 ) -> None:
@@ -581,7 +571,6 @@ async def test_denied_file_is_denied_though_its_directory_was_renamed_inside(
     assert outside.harm(ran.text) == []
 
 
-@enforced
 async def test_mount_that_is_made_later_stays_outside(outside: Outside) -> None:
     if os.getuid() != 0 or outside.place.server.user != 0:
         pytest.skip("needs root")
@@ -616,7 +605,6 @@ __attribute__((constructor)) static void begin(void) {
 """
 
 
-@enforced
 async def test_variables_of_the_client_do_nothing_to_bubblewrap(place: Place, outside: Outside) -> None:
     compiler = shutil.which("cc")
     if compiler is None:
@@ -649,7 +637,6 @@ async def test_variables_of_the_client_do_nothing_to_bubblewrap(place: Place, ou
         assert outside.harm() == ["changed: canary"]
 
 
-@enforced
 async def test_variables_of_the_client_are_in_no_command_line(place: Place, outside: Outside) -> None:
     secret = f"variable-{uuid.uuid4().hex}"
     async with client_of(place) as client:
@@ -695,7 +682,6 @@ _DAEMON = """\
 """
 
 
-@enforced
 @pytest.mark.parametrize("words", [("stay",), ("stay", "noisy")], ids="-".join)
 @pytest.mark.parametrize("tty", [False, True], ids=["pipes", "terminal"])
 async def test_nothing_is_alive_after_terminate(
@@ -713,7 +699,6 @@ async def test_nothing_is_alive_after_terminate(
         await mark.wait_gone()
 
 
-@enforced
 async def test_nothing_is_alive_after_the_program_has_ended(place: Place, outside: Outside) -> None:
     mark = ProcessMark()
     async with client_of(place) as client:
@@ -722,7 +707,6 @@ async def test_nothing_is_alive_after_the_program_has_ended(place: Place, outsid
         await mark.wait_gone()
 
 
-@enforced
 async def test_nothing_is_alive_after_the_server_was_killed(outside: Outside) -> None:
     mark = ProcessMark()
     with open_place(outside.place.server.user) as place, open_outside(place) as here:
@@ -738,7 +722,6 @@ async def test_nothing_is_alive_after_the_server_was_killed(outside: Outside) ->
             await mark.wait_gone()
 
 
-@enforced
 async def test_calls_about_files_read_no_device_and_wait_for_no_fifo(place: Place, outside: Outside) -> None:
     if os.getuid() != 0:
         pytest.skip("needs root to make a device")

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from tests.sandbox_rows import DIFFERENCES, ROWS, ProcessRow, Row, ask, expectation
-from tests.sandboxed import ENFORCED, PATIENCE, Server, require_sandbox_tools, run_server, users
+from tests.sandboxed import PATIENCE, Server, require_sandbox_tools, run_server, users
 
 
 @pytest.fixture(scope="module", params=users(), ids="as {}".format)
@@ -19,7 +19,6 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
         yield server
 
 
-@pytest.mark.xfail(not ENFORCED, reason="sandboxes are not enforced yet", strict=False)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 async def test_answer(row: Row | ProcessRow, server: Server) -> None:
     with trio.fail_after(PATIENCE):

@@ -13,19 +13,15 @@ import pytest
 import trio
 
 from tests.sandbox_rows import ROWS, ProcessRow, Row, ask, expectation
-from tests.sandboxed import ENFORCED, PATIENCE, Server, require_sandbox_tools, run_server, users
+from tests.sandboxed import PATIENCE, Server, require_sandbox_tools, run_server, users
 
 pytestmark = pytest.mark.interop
 
 
-def _servers() -> Iterator[tuple[str, int]]:
-    for user in users():
-        yield "codex", user
-        if ENFORCED:  # until then, tests/test_sandbox_rows.py says what is missing
-            yield "execenv", user
+SERVERS = [(name, user) for user in users() for name in ("codex", "execenv")]
 
 
-@pytest.fixture(scope="module", params=_servers(), ids="{0[0]} as {0[1]}".format)
+@pytest.fixture(scope="module", params=SERVERS, ids="{0[0]} as {0[1]}".format)
 def server(request: pytest.FixtureRequest, codex: Path) -> Iterator[Server]:
     require_sandbox_tools()
     name, user = request.param
