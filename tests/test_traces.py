@@ -136,9 +136,7 @@ ANSWERS = {
     ("process_start_errors", 122): Difference(
         _unsupported("managedNetwork"), "what would confine the process is refused, never ignored"
     ),
-    ("process_start_errors", 134): Difference(
-        _unsupported("enforceManagedNetwork"), "the same"
-    ),
+    ("process_start_errors", 134): Difference(_unsupported("enforceManagedNetwork"), "the same"),
     ("process_start_errors", 130): Difference(
         _unsupported("credentialProviders"), "what is asked for and cannot be given is refused, never ignored"
     ),
