@@ -18,6 +18,7 @@ import signal
 import socket
 import stat
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
@@ -26,9 +27,10 @@ from attrs import define, field
 
 from execenv.errors import InternalError, os_error_text
 from execenv.local.bubblewrap import Bubblewrap
+from execenv.local.mount_points import open_without_links
 from execenv.local.mounts import openat2
 from execenv.local.spawn import close_all, exit_code_of
-from execenv.local.stat import is_mount_root
+from execenv.local.stat import is_mount_root, stat_path
 from execenv.local.tree import (
     Marks,
     Root,
@@ -42,6 +44,10 @@ from execenv.sandbox.plan import Bind, Mask, MountPlan, arguments, count_data_fd
 MAX_WORDS = 8_900
 """Options and arguments together: bubblewrap takes 9,000."""
 
+CLOCK_TICK = 0.05
+"""Seconds that the time of a file may be behind the clock: the kernel's coarse one goes in steps."""
+
+STRAY_LOOKS = 30
 END_PATIENCE = 5.0
 NOT_EXECUTED = 127
 """The status of a program that could not be executed inside, as shells have it."""
@@ -172,6 +178,7 @@ class Launcher:
         """
         fds: list[int] = []
         ours: list[int] = []
+        began = time.time()
         try:
             count = count_data_fds(plan)
             for _ in range(count):
@@ -246,6 +253,7 @@ class Launcher:
             self._known.discard(child.pid)
             ours.remove(status_fd)
             close_all([status_fd, *(() if pidfd is None else (pidfd,))])
+            _remove_strays(plan, began)
             if isinstance(error, OSError):
                 raise _failed(os_error_text(error)) from error
             raise
@@ -353,6 +361,31 @@ def _look_at_view(child_pid: int, plan: MountPlan, prefix: bytes) -> bytes | Non
         return None
     finally:
         os.close(root)
+
+
+def _remove_strays(plan: MountPlan, began: float) -> None:
+    """Remove the mount points that bubblewrap has made where an exchanged directory has led it to.
+
+    Where that was is not known, and may change at any moment; so it is looked for a few times, and may not be
+    found. What is removed has the name of a mask, came into being just now, and is empty.
+    """
+    for mask in plan.operations:
+        if not isinstance(mask, Mask) or not mask.missing:
+            continue
+        directory, name = os.path.split(mask.path)
+        for place in {os.path.realpath(directory) for _ in range(STRAY_LOOKS)} - {directory}:
+            with suppress(OSError):
+                parent = open_without_links(place)
+                try:
+                    found = stat_path(name, follow=False, dir_fd=parent)
+                    if found.created_ms is None or found.created_ms < (began - CLOCK_TICK) * 1000:
+                        continue
+                    if found.is_directory:
+                        os.rmdir(name, dir_fd=parent)
+                    elif found.is_file and not found.size:
+                        os.unlink(name, dir_fd=parent)
+                finally:
+                    os.close(parent)
 
 
 def _is_as_planned(root: int, operation: Bind | Mask, prefix: bytes) -> bool:

@@ -328,7 +328,7 @@ def _remove(entries: Iterable[_Entry], live: set[bytes]) -> None:
 
 def _remove_one(entry: _Entry) -> None:
     above, name = os.path.split(entry.path)
-    parent = _open_without_links(above)
+    parent = open_without_links(above)
     try:
         directory = os.fstat(parent)
         if entry.parent not in (None, (directory.st_dev, directory.st_ino)):
@@ -344,7 +344,7 @@ def _remove_one(entry: _Entry) -> None:
         os.close(parent)
 
 
-def _open_without_links(path: bytes) -> int:
+def open_without_links(path: bytes) -> int:
     flags = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(b"/", flags)
     for name in path.split(b"/"):
