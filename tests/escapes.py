@@ -801,7 +801,8 @@ OTHERS: tuple[tuple[str, str, str, Codex], ...] = (
     ),
     (
         "directories of nested entries swapped by a confined process",
-        "what was mounted is compared with the plan before the program begins; empty mount points of bubblewrap may be left outside",
+        "what was mounted is compared with the plan before the program begins; empty mount points of "
+        "bubblewrap may be left outside",
         "test_nested_entries_hold_while_a_confined_process_swaps_their_directories",
         "no",
     ),
