@@ -723,6 +723,7 @@ async def test_help_lists_all_commands() -> None:
     assert re.findall(r"^  (\w+)", commands, re.MULTILINE) == [
         "cat",
         "cp",
+        "doctor",
         "env",
         "http",
         "info",
