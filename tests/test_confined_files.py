@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ from execenv.errors import InternalError, NotSupported
 from execenv.local import Guard, LocalEnvironment, file_helper, helpers, open_guard, open_local
 from execenv.local.confined import ConfinedFileSystem
 from execenv.local.facts import Plans
+from execenv.local.file_helper import path_to_text
 from execenv.local.helpers import helper_environment
 from execenv.local.mounts import Mounts
 from execenv.paths import PathUri
@@ -827,6 +829,39 @@ def test_name_in_another_case_is_the_same_where_case_does_not_count(
     with pytest.raises(PermissionError):
         names.mkdir(bytes(top / ".Git"))
     names.mkdir(bytes(top / "other"))
+
+
+async def test_protected_name_whose_mount_is_taken_away_meanwhile_stays_refused(
+    guard: Guard, top: Path
+) -> None:
+    # of a process in a sandbox: with its end the mount point goes, and takes the helper's mount along
+    made = [top / "w" / name for name in (".codex", ".aws")]
+    for path in made:
+        path.mkdir()
+    for path in (top / "w" / "prepared", top / "w" / "sub"):
+        path.mkdir(exist_ok=True)
+    (top / "w" / "denied").write_text("")
+    sandbox = decode_sandbox(profile(top, *WS, ("w/denied", "deny")))
+    plan = await guard.confinement.plans.plan(sandbox)
+    where = {"path": path_to_text(bytes(top / "w/a.txt")), "with": {"follow": True}}
+    assert (await guard.helpers.call(plan, {"op": "read", **where})).body == b"hi\n"
+    for path in made:
+        path.rmdir()
+    (top / "w" / "denied").unlink()
+
+    async def errno_of(operation: str, path: str, **arguments: Json) -> int:
+        text = path_to_text(bytes(top / "w" / path))
+        header = (await guard.helpers.call(plan, {"op": operation, "path": text, "with": arguments})).header
+        return int(header["error"][0])
+
+    to = path_to_text(bytes(made[0]))
+    assert await errno_of("create_directory", ".codex", recursive=True, follow=True) == errno.EEXIST
+    assert await errno_of("create_directory", ".codex/x", recursive=True, follow=True) == errno.EROFS
+    assert await errno_of("write_file", ".aws", follow=True) == errno.EROFS
+    assert await errno_of("copy", "sub", to=to, recursive=True) in (errno.EEXIST, errno.EROFS)
+    assert await errno_of("rename", "prepared", to=to, sync=False) == errno.EROFS
+    assert await errno_of("write_file", "denied", follow=True) == errno.EACCES
+    assert not [path for path in (*made, top / "w" / "denied") if path.exists()]
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,22 @@ async def test_a_program_lives_on_when_nothing_else_happens(workspace: Path) -> 
 
 
 @requires_bubblewrap
+async def test_a_program_cannot_lock_what_starts_wait_for(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # of a user with a session: below /run/user, which a policy that reads everything shows
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    async with open_environment("local") as environment:
+        await environment.run(["true"], sandbox=WRITE, cwd=workspace)
+        lock = Path(registry_directory(), "lock")
+        assert os.listdir(tmp_path / "execenv") == [lock.name]
+        script = f"exec 9<{lock}; ls -A {lock.parent}"
+        done = await environment.run(["sh", "-c", script], sandbox=WRITE, cwd=workspace, check=False)
+        assert done.returncode
+        assert (b"Permission denied" in (done.stderr or b""), done.stdout) == (True, b"")
+
+
+@requires_bubblewrap
 async def test_a_start_that_is_cancelled_leaves_nothing(workspace: Path) -> None:
     async with open_environment("local") as environment:
         await environment.run(["true"], sandbox=WRITE, cwd=workspace)

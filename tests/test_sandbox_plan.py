@@ -490,6 +490,31 @@ def test_grants_in_dev_and_proc_grant_nothing_but_shared_memory(path: str) -> No
 
 
 @pytest.mark.parametrize(
+    ("listed", "hidden", "expected"),
+    [
+        ({":root": "read"}, "/run/own", "denied directory"),  # to hold a lock there, reading is enough
+        ({":root": "write"}, "/run/own", "denied directory"),
+        ({":root": "read", "/run/own": "write"}, "/run/own", "denied directory"),
+        ({":root": "read", "/run/own/lock": "write"}, "/run/own", "denied directory"),
+        ({":minimal": "read"}, "/run/own", None),
+        ({":root": "read"}, "/dev/shm/own", None),
+        ({":root": "write"}, "/dev/shm/own", "denied directory"),
+        # removed since it was made: nobody may make another
+        ({":slash_tmp": "write"}, "/tmp/own", "denied file"),
+        ({":root": "read"}, "/tmp/own", None),
+    ],
+)
+def test_directories_of_our_own_are_in_no_view(listed: Listed, hidden: str, expected: str | None) -> None:
+    facts = FakeFacts(HOST | {"/run/own/lock": "", "/dev/shm/own/lock": ""})
+    plan = make_plan(managed(listed), facts, hidden=[hidden.encode()])
+    found = [op for op in plan.operations if not isinstance(op, Link) and is_within(op.path, hidden.encode())]
+    assert [(op.path, op.kind) for op in found if isinstance(op, Mask)] == (
+        [(hidden.encode(), expected)] if expected else []
+    )
+    assert not [op for op in found if isinstance(op, Bind)]
+
+
+@pytest.mark.parametrize(
     ("path", "own"), [("/dev", "/dev"), ("/dev/null", "/dev"), ("/proc", "/proc"), ("/proc/1", "/proc")]
 )
 def test_denying_what_every_view_has_is_refused(path: str, own: str) -> None:

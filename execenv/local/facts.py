@@ -135,7 +135,7 @@ class Plans:
 
     Args:
         ours: the environment whose TMPDIR is what `tmpdir` stands for.
-        hide: gives the directories that no sandbox may write, after it has made them; asked once.
+        hide: gives the directories that no sandbox may see, after it has made them; asked once.
     """
 
     def __init__(

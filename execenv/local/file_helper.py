@@ -65,13 +65,19 @@ class GuardedNames(disk.Names):
             protected.
         pinned: directories with something inside that is mounted: moving one would take the mount with it,
             and what it covers would come to light under the new name.
+        mounted: as `forbidden`, of names that are there and have something mounted over them. Who removes
+            one on the host takes the mount along (rmdir(2)); it must not come back without.
     """
 
     def __init__(
-        self, forbidden: dict[tuple[int, int, bytes], bool], pinned: frozenset[tuple[int, int]]
+        self,
+        forbidden: dict[tuple[int, int, bytes], bool],
+        pinned: frozenset[tuple[int, int]],
+        mounted: dict[tuple[int, int, bytes], bool] | None = None,
     ) -> None:
-        self._forbidden = forbidden
-        self._variants = {(device, inode, _folded(name)) for device, inode, name in forbidden}
+        self._mounted = mounted or {}
+        self._forbidden = self._mounted | forbidden
+        self._variants = {(device, inode, _folded(name)) for device, inode, name in self._forbidden}
         self._pinned = pinned
 
     def open(self, path: bytes, flags: int, mode: int = 0o666, *, dir_fd: int | None = None) -> int:
@@ -113,7 +119,8 @@ class GuardedNames(disk.Names):
                 os.close(own)
 
     def mkdir(self, path: bytes, *, dir_fd: int | None = None, recursive: bool = False) -> None:
-        with self._parent(path, dir_fd, None if recursive else errno.EEXIST) as (parent, name):
+        protected = None if recursive else errno.EEXIST
+        with self._parent(path, dir_fd, protected, making_directory=True) as (parent, name):
             os.mkdir(name, dir_fd=parent)
 
     def symlink(self, target: bytes, path: bytes) -> None:
@@ -132,7 +139,12 @@ class GuardedNames(disk.Names):
 
     @contextmanager
     def _parent(
-        self, path: bytes, dir_fd: int | None = None, protected: int | None = None
+        self,
+        path: bytes,
+        dir_fd: int | None = None,
+        protected: int | None = None,
+        *,
+        making_directory: bool = False,
     ) -> Iterator[tuple[int, bytes]]:
         """The directory that a name is in, and the name, if it may come into being.
 
@@ -146,13 +158,21 @@ class GuardedNames(disk.Names):
             self._refuse_above(directory, dir_fd)
             raise
         try:
-            self._refuse(parent, name, path, protected)
+            self._refuse(parent, name, path, protected, making_directory=making_directory)
             # "." and "..": there already; the system says so. A slash behind it is for the system too.
             yield parent, (name or b".") + (b"/" if name and path.endswith(b"/") else b"")
         finally:
             os.close(parent)
 
-    def _refuse(self, parent: int, name: bytes, path: bytes, protected: int | None = None) -> None:
+    def _refuse(
+        self,
+        parent: int,
+        name: bytes,
+        path: bytes,
+        protected: int | None = None,
+        *,
+        making_directory: bool = False,
+    ) -> None:
         if not self._forbidden:
             return
         found = os.fstat(parent)
@@ -162,6 +182,8 @@ class GuardedNames(disk.Names):
             denied = True
         if denied is not None:
             number = errno.EACCES if denied else protected or errno.EROFS
+            if making_directory and (*place, name) in self._mounted:
+                number = errno.EEXIST
             raise OSError(number, os.strerror(number), path)
 
     def _refuse_above(self, path: bytes, dir_fd: int | None) -> None:
@@ -244,7 +266,15 @@ def enter(setup: Header) -> None:
         except OSError:
             continue
         pinned.add((found.st_dev, found.st_ino))
-    disk.use_names(GuardedNames(forbidden, frozenset(pinned)))
+    mounted = {}
+    for text, denied in setup["mounted"]:
+        above, name = os.path.split(text_to_path(text))
+        try:
+            found = os.stat(above, follow_symlinks=False)
+        except OSError:
+            continue
+        mounted[found.st_dev, found.st_ino, name] = denied
+    disk.use_names(GuardedNames(forbidden, frozenset(pinned), mounted))
 
 
 def drop_capabilities() -> None:

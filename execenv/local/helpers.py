@@ -168,11 +168,18 @@ def mounted_for_files(plan: MountPlan) -> MountPlan:
 def setup_of(plan: MountPlan) -> dict[str, Any]:
     """What the helper of a plan is told at its start."""
     roots = plan.writable_roots
-    inside = {
-        os.path.dirname(operation.path)
+    operations = [
+        operation
         for operation in mounted_for_files(plan).operations
         if not isinstance(operation, Link) and operation.path != b"/"
-    }
+    ]
+    inside = {os.path.dirname(operation.path) for operation in operations}
+    kept = [
+        operation
+        for operation in operations
+        if (isinstance(operation, Mask) or not operation.writable)
+        and any(_is_below(operation.path, root) for root in roots)
+    ]
     pinned = set()
     for path in inside:  # all between a mount and the root that it is in
         while path not in pinned and any(_is_below(path, root) for root in roots):
@@ -183,6 +190,7 @@ def setup_of(plan: MountPlan) -> dict[str, Any]:
         "writable": [path_to_text(path) for path in (*roots, b"/dev")],
         "forbidden": [(one.device, one.inode, path_to_text(one.name), one.denied) for one in plan.forbidden],
         "pinned": [path_to_text(path) for path in sorted(pinned)],
+        "mounted": [(path_to_text(one.path), isinstance(one, Mask)) for one in kept],
     }
 
 

@@ -37,7 +37,8 @@ _Inode = tuple[int, int]
 def registry_directory() -> str:
     """Where the claims of this user are, whether it is there or not.
 
-    It must not be writable in a sandbox: what is claimed there is removed, if it is empty.
+    It must not be seen in a sandbox: what is claimed there is removed, if it is empty, and its lock can be
+    held by who may read it.
     """
     for base in (os.environ.get("XDG_RUNTIME_DIR", ""), f"/run/user/{os.geteuid()}"):
         with suppress(OSError):
@@ -159,7 +160,7 @@ class MountPoints:
     def prepare(self) -> tuple[bytes, ...]:
         """Make the directory, before anything in a sandbox could, and remove what killed programs left.
 
-        Where it is: no sandbox may write there.
+        Where it is: no sandbox may see it.
 
         Raises:
             OSError: there is none that is this user's alone.

@@ -210,7 +210,7 @@ def make_plan(
     Args:
         tmpdir: what `tmpdir` stands for; `None` for nothing.
         cwd: what stands for a missing `cwd` of the sandbox (a process has one of its own).
-        hidden: directories of our own that are denied where they could be written, whatever entries say.
+        hidden: directories of our own that are denied where they could be seen, whatever entries say.
 
     Raises:
         InvalidParams: a pattern is wrong, or the policy needs a `cwd` and has none.
@@ -449,11 +449,7 @@ class _Planner:
         if self.rules.get(b"/") == "write" and self.kind(_SHM) == "directory":
             self.rules.setdefault(_SHM, "write")
         self.search(prefixes, depth)
-        for path in hidden:
-            place = self.resolve(path)
-            if place.missing is None and self.access(place.path) == "write":
-                self.rules[place.path] = "deny"
-                self.explicit.add(place.path)
+        gone = self.hide(hidden)
         if self.rules.get(b"/") == "deny":
             del self.rules[b"/"]  # nothing is there, then: the same, and what is reopened has its place
         lifted = {place.path for one, place in places if one.access == "write"}
@@ -464,7 +460,7 @@ class _Planner:
             if place.missing is not None
             and (one.access == "deny" or (one.access == "read" and not one.skip_missing))
         ]
-        self.cover(missing)
+        self.cover(missing + gone)
         self.hold()
         return places
 
@@ -576,6 +572,24 @@ class _Planner:
                         self.deny_match(path, kind, opened)
                     if after and kind == "directory" and self.is_worth_a_look(path, opened):
                         walk.enter(path, after)
+
+    def hide(self, hidden: Iterable[bytes]) -> list[tuple[bytes, Access]]:
+        """Rules for our own directories; what is missing of them, since somebody has removed it.
+
+        Also where they could only be read: a lock takes no more than that, and who holds one stops us.
+        """
+        gone: list[tuple[bytes, Access]] = []
+        for path in hidden:
+            place = self.resolve(path)
+            if place.missing is not None:
+                gone.append((place.missing, "deny"))
+                continue
+            for inside in [rule for rule in self.rules if is_within(rule, place.path)]:
+                del self.rules[inside]
+            if self.access(place.path) in _VISIBLE:
+                self.rules[place.path] = "deny"
+                self.explicit.add(place.path)
+        return gone
 
     def is_worth_a_look(self, directory: bytes, opened: set[bytes]) -> bool:
         """Whether anything can be seen in a directory, or further down."""
