@@ -26,7 +26,7 @@ from execenv.local.launch import Launched, Launcher
 from execenv.local.mount_points import Claim, MountPoints
 from execenv.local.restrict import restricted
 from execenv.local.tree import Root
-from execenv.sandbox.plan import Bind, Mask, MountPlan, is_within
+from execenv.sandbox.plan import Bind, Mask, MountPlan, with_parents
 from execenv.sandbox.policy import Sandbox
 from execenv.sandbox.seccomp import compile_filter
 
@@ -271,12 +271,12 @@ def _covered(plan: MountPlan) -> list[tuple[bytes, bool]]:
     Not only what is missing: something empty may be there for another process in a sandbox, and must stay
     when that ends.
     """
-    roots = [path for path in plan.writable_roots if path != b"/"] or [b"/"]
+    roots = {path for path in plan.writable_roots if path != b"/"} or {b"/"}
     return [
         (op.path, not (isinstance(op, Mask) and op.kind == "denied file"))
         for op in plan.operations
         if (isinstance(op, Mask) or (isinstance(op, Bind) and not op.writable))
-        and any(is_within(op.path, root) for root in roots)
+        and not roots.isdisjoint(with_parents(op.path))
     ]
 
 
