@@ -22,7 +22,7 @@ import trio
 from execenv.errors import InternalError, NotSupported
 from execenv.local import Guard, LocalEnvironment, file_helper, helpers, open_guard, open_local
 from execenv.local.confined import ConfinedFileSystem
-from execenv.local.facts import Plans
+from execenv.local.facts import MANY, DiskFacts, Plans, _FactsNow
 from execenv.local.file_helper import path_to_text
 from execenv.local.helpers import helper_environment
 from execenv.local.mounts import Mounts
@@ -911,3 +911,23 @@ async def test_plans_that_are_remembered_are_bounded(plans: Plans, top: Path) ->
     for number in range(100):
         await plans.plan(sandbox_of(top, ("w", "read"), (f"{number}", "read")))
     assert len(plans._known) == 64
+
+
+async def test_much_is_asked_in_a_thread(plans: Plans, top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: set[int] = set()
+    look = DiskFacts.look
+
+    def note(facts: DiskFacts, path: bytes) -> Any:
+        asked.add(threading.get_ident())
+        return look(facts, path)
+
+    monkeypatch.setattr(DiskFacts, "look", note)
+    monkeypatch.setattr(_FactsNow, "look", note)
+    for entries in (
+        [(f"{number}", "read") for number in range(MANY + 1)],
+        [("w", "read"), ("w/*{a,b}", "deny")],
+    ):
+        for _ in range(2):  # it is made, and looked at again
+            await plans.plan(sandbox_of(top, *entries))
+    assert asked
+    assert threading.get_ident() not in asked

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from attrs import evolve
 
 from execenv import PathUri, ProcessNotStarted, SandboxProfile, open_environment
 from execenv.errors import InternalError, NotSupported
-from execenv.local import open_guard
+from execenv.local import confinement, open_guard
 from execenv.local.mount_points import registry_directory
 from execenv.local.output_log import OutputLog
 from execenv.local.spawn import open_pipes
@@ -111,6 +113,24 @@ async def test_two_starts_under_one_id_make_one_process(workspace: Path) -> None
                 nursery.start_soon(start)
         assert starts.count(None) == 1
         assert all("already exists" in str(error) for error in starts if error is not None)
+
+
+@requires_bubblewrap
+async def test_a_program_that_holds_the_lock_of_claims_stops_nothing_else(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_environment("local") as environment:
+        await environment.run(["true"], sandbox=WRITE, cwd=workspace)
+        with Path(registry_directory(), "lock").open() as file:  # noqa: ASYNC230
+            fcntl.flock(file, fcntl.LOCK_EX)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(environment.run, ["true"], sandbox=WRITE, cwd=workspace))
+                await environment.run(["true"])
+                fcntl.flock(file, fcntl.LOCK_UN)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            monkeypatch.setattr(confinement, "CLAIM_PATIENCE", 0.05)
+            with pytest.raises(ProcessNotStarted, match=r"another program has held .*/lock"):
+                await environment.run(["true"], sandbox=WRITE, cwd=workspace)
 
 
 def plan_of(path: Path, *, wrong: bool = False) -> MountPlan:

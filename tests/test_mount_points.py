@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
 import select
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -499,6 +502,63 @@ def test_claims_leave_no_descriptors(points: MountPoints, work: Path) -> None:
         claim.created()
         claim.release()
     assert os.listdir("/proc/self/fd") == before
+
+
+@contextmanager
+def held(registry: Path) -> Iterator[None]:
+    """The lock is another program's."""
+    with open(registry / "lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def test_program_that_holds_the_lock_stops_nobody(points: MountPoints, registry: Path, work: Path) -> None:
+    claim = points.claim(directories(work / ".git"))
+    (work / ".git").mkdir()
+    claim.created()
+    with held(registry):
+        points.prepare()
+        with pytest.raises(BlockingIOError):
+            points.claim(directories(work / ".codex"))
+        with pytest.raises(BlockingIOError):
+            points.sweep()
+        claim.release()
+        assert os.listdir(work) == [".git"]
+    points.settle()
+    assert os.listdir(work) == []
+    assert records(registry) == []
+
+
+def test_what_is_unsettled_at_the_end_is_swept(points: MountPoints, registry: Path, work: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    claim = points.claim(directories(work / ".git"))
+    (work / ".git").mkdir()
+    claim.created()
+    with held(registry):
+        claim.release()
+        points.close()
+    assert os.listdir("/proc/self/fd") == before
+    MountPoints(str(registry)).sweep()
+    assert os.listdir(work) == []
+    assert records(registry) == []
+
+
+def test_without_descriptors_to_release_it_a_claim_waits_for_some(
+    points: MountPoints, registry: Path, work: Path
+) -> None:
+    claim = points.claim(directories(work / ".git"))
+    (work / ".git").mkdir()
+    claim.created()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        claim.release()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert os.listdir(work) == [".git"]
+    points.settle()
+    assert os.listdir(work) == []
+    assert records(registry) == []
 
 
 # The real one.

@@ -984,3 +984,34 @@ def test_view_at_a_prefix_is_the_same_view(real: Real) -> None:
         check=False,
     )
     assert (done.stdout.split(), done.stderr) == (["w/a.txt", "/view/bin/sh", "w"], "")
+
+
+# Too much.
+
+
+@pytest.mark.parametrize(
+    ("rules", "roots", "error"),
+    [
+        ([GlobRule("/w/" + "{a,b}" * 9 + "*" + "x" * 100)], 0, "it stands for too much"),
+        ([GlobRule("/w/" + "*a" * 20_000)], 0, "it stands for too much"),
+        ([GlobRule(f"/w/*.{number}") for number in range(2001)], 0, "the patterns of a sandbox"),
+        ([GlobRule("/w/" + "*a" * 9_000), GlobRule("/w/" + "*b" * 9_000)], 0, "the patterns of a sandbox"),
+        ([SpecialRule("project_roots")] * 101, 100, "more than 10000 paths"),
+    ],
+)
+def test_policy_that_stands_for_too_much_is_refused_at_once(
+    rules: list[GlobRule | SpecialRule], roots: int, error: str
+) -> None:
+    entries = tuple(Entry(rule, "deny") for rule in rules)
+    workspace = tuple(PathUri.from_native(f"/r{number}") for number in range(roots))
+    sandbox = Sandbox(SandboxProfile("managed", "restricted", entries), workspace_roots=workspace)
+    with pytest.raises(InvalidParams, match=error):
+        make_plan(sandbox, FakeFacts({"/w": None}))
+
+
+def test_plan_with_more_mounts_than_bubblewrap_takes_is_refused() -> None:
+    tree: Tree = {"/w": None, **{f"/w/{number}": "" for number in range(3001)}}
+    rules = [(PathRule(PathUri.from_native(path)), "deny" if path != "/w" else "write") for path in tree]
+    entries = tuple(Entry(rule, access) for rule, access in rules)  # type: ignore[arg-type]
+    with pytest.raises(InternalError, match="more than 3000 mounts"):
+        make_plan(Sandbox(SandboxProfile("managed", "restricted", entries)), FakeFacts(tree))

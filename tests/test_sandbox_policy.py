@@ -261,6 +261,10 @@ ONE_OF_SPECIALS = (
         (sandbox(managed() | {"file_system": None}), f"invalid type: null, expected {TAGGED_FILES}"),
         (sandbox(managed(7)), "invalid type: number, expected struct FileSystemSandboxEntry"),
         (sandbox({"type": "disabled"}, workspaceRoots=None), "invalid type: null, expected a sequence"),
+        (
+            sandbox({"type": "disabled"}, workspaceRoots=["file:///w"] * 10_001),
+            "a list of a sandbox has 10001 members, more than 10000",
+        ),
         (sandbox({"type": "disabled"}, workspaceRoots=[1]), "invalid type: number, expected a string"),
         (sandbox({"type": "disabled"}, useLegacyLandlock=1), "invalid type: number, expected a boolean"),
         (

@@ -51,7 +51,7 @@ class Guard:
         self.mounts = mounts
         self.watchdog = watchdog
         self.known: set[int] = set()
-        mount_points = MountPoints()
+        self._mount_points = mount_points = MountPoints()
         self.confinement = Confinement(
             Plans(mounts, os.environ, mount_points.prepare),
             Bubblewraps(os.environ, self.known),
@@ -63,12 +63,17 @@ class Guard:
     def close(self) -> None:
         """Let go of descriptors."""
         self.confinement.bubblewraps.close()
+        self._mount_points.close()
 
     async def reap_for_ever(self) -> None:
-        """Reap short-lived orphans, as init would: else they were zombies until their tree ends."""
+        """Reap short-lived orphans, as init would: else they were zombies until their tree ends.
+
+        And remove the mount points that could not be removed before.
+        """
         while True:
             await trio.sleep(REAP_INTERVAL)
             reap_adopted(self.marks.prefix, self.known)
+            self._mount_points.settle()
 
 
 @asynccontextmanager

@@ -23,16 +23,18 @@ from execenv.local import spawn as spawning
 from execenv.local.bubblewrap import Bubblewrap, Bubblewraps
 from execenv.local.facts import Plans
 from execenv.local.launch import Launched, Launcher
-from execenv.local.mount_points import Claim, MountPoints
+from execenv.local.mount_points import Claim, MountPoints, registry_directory
 from execenv.local.restrict import restricted
 from execenv.local.tree import Root
-from execenv.sandbox.plan import Bind, Mask, MountPlan, is_within
+from execenv.sandbox.plan import Bind, Mask, MountPlan, with_parents
 from execenv.sandbox.policy import Sandbox
 from execenv.sandbox.seccomp import compile_filter
 
 logger = getLogger(__name__)
 
 CLAIM_TRIES = 20
+CLAIM_PATIENCE = 10.0
+"""Seconds that a start waits for another program that works with the claims."""
 PROBE_PATIENCE = 1.0
 """Seconds that a question what can be enforced waits for a bubblewrap that takes its time."""
 
@@ -166,10 +168,7 @@ class Confinement:
         """
         plan = await self.plans.plan(sandbox, cwd)
         for _ in range(CLAIM_TRIES):
-            try:
-                claim = self._mount_points.claim(_covered(plan))
-            except OSError as error:
-                raise InternalError(f"cannot enforce the sandbox: {os_error_text(error)}") from error
+            claim = await self._claim(plan)
             try:
                 again = await self.plans.plan(sandbox, cwd)
             except BaseException:
@@ -180,6 +179,21 @@ class Confinement:
             claim.release()
             plan = again
         raise InternalError("cannot enforce the sandbox: what its policy is about changes all the time")
+
+    async def _claim(self, plan: MountPlan) -> Claim:
+        covered = _covered(plan)
+        deadline = trio.current_time() + CLAIM_PATIENCE
+        while True:
+            try:
+                return self._mount_points.claim(covered)
+            except BlockingIOError as error:
+                if trio.current_time() >= deadline:
+                    directory = registry_directory()
+                    words = f"another program has held {directory}/lock for {CLAIM_PATIENCE:g} s"
+                    raise InternalError(f"cannot enforce the sandbox: {words}") from error
+            except OSError as error:
+                raise InternalError(f"cannot enforce the sandbox: {os_error_text(error)}") from error
+            await trio.sleep(0.01)
 
     def _spawn_without_network(
         self,
@@ -271,12 +285,12 @@ def _covered(plan: MountPlan) -> list[tuple[bytes, bool]]:
     Not only what is missing: something empty may be there for another process in a sandbox, and must stay
     when that ends.
     """
-    roots = [path for path in plan.writable_roots if path != b"/"] or [b"/"]
+    roots = {path for path in plan.writable_roots if path != b"/"} or {b"/"}
     return [
         (op.path, not (isinstance(op, Mask) and op.kind == "denied file"))
         for op in plan.operations
         if (isinstance(op, Mask) or (isinstance(op, Bind) and not op.writable))
-        and any(is_within(op.path, root) for root in roots)
+        and not roots.isdisjoint(with_parents(op.path))
     ]
 
 

@@ -22,10 +22,13 @@ from execenv.local.stat import stat_now
 from execenv.local.threads import run_in_thread
 from execenv.local.turn import Turn
 from execenv.sandbox.plan import Fact, FactKind, Facts, MountPlan, make_plan
-from execenv.sandbox.policy import Sandbox
+from execenv.sandbox.policy import GlobRule, Sandbox
 
 REMEMBERED = 64
 """Sandboxes whose plans are kept."""
+
+MANY = 200
+"""More questions than this are asked in a thread, however quickly each is answered."""
 
 _LOOK = os.O_PATH | os.O_NOFOLLOW if hasattr(os, "O_PATH") else 0
 
@@ -166,6 +169,8 @@ class Plans:
         key = (sandbox, tmpdir, cwd)
         known = self._known.get(key)
         try:
+            if _is_much(sandbox) if known is None else len(known[0].looked) > MANY:
+                raise _Undecided(b"/", deep=True)
             known = self._make(_FactsNow(self._mounts), sandbox, tmpdir, cwd, known)
         except _Undecided as undecided:
             limiter = self._mounts.limiter(undecided.path, deep=undecided.deep)
@@ -187,6 +192,13 @@ class Plans:
         recorder = _Recorder(facts)
         plan = make_plan(sandbox, recorder, tmpdir=tmpdir, cwd=cwd, hidden=self._hidden or ())
         return recorder, plan
+
+
+def _is_much(sandbox: Sandbox) -> bool:
+    """Whether a plan takes long to make: by the number of paths, or by patterns, which are slow to read."""
+    entries = sandbox.profile.entries or ()
+    count = len(entries) * max(1, len(sandbox.workspace_roots))
+    return count > MANY or any(isinstance(entry.rule, GlobRule) for entry in entries)
 
 
 def _is_sealed(found: os.stat_result, path: bytes) -> bool:

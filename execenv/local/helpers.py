@@ -33,7 +33,7 @@ from execenv.local.bubblewrap import Bubblewraps
 from execenv.local.file_helper import FRAME, path_to_text
 from execenv.local.launch import Launched, Launcher
 from execenv.local.tree import signal_tree
-from execenv.sandbox.plan import Link, Mask, MountPlan
+from execenv.sandbox.plan import Link, Mask, MountPlan, with_parents
 from execenv.sandbox.seccomp import compile_filter
 
 logger = getLogger(__name__)
@@ -167,7 +167,7 @@ def mounted_for_files(plan: MountPlan) -> MountPlan:
 
 def setup_of(plan: MountPlan) -> dict[str, Any]:
     """What the helper of a plan is told at its start."""
-    roots = plan.writable_roots
+    roots = set(plan.writable_roots)
     operations = [
         operation
         for operation in mounted_for_files(plan).operations
@@ -178,28 +178,28 @@ def setup_of(plan: MountPlan) -> dict[str, Any]:
         operation
         for operation in operations
         if (isinstance(operation, Mask) or not operation.writable)
-        and any(_is_below(operation.path, root) for root in roots)
+        and _is_below_any(operation.path, roots)
     ]
     pinned = set()
     for path in inside:  # all between a mount and the root that it is in
-        while path not in pinned and any(_is_below(path, root) for root in roots):
+        while path not in pinned and _is_below_any(path, roots):
             pinned.add(path)
             path = os.path.dirname(path)
     return {
         "view": path_to_text(VIEW),
-        "writable": [path_to_text(path) for path in (*roots, b"/dev")],
+        "writable": [path_to_text(path) for path in (*plan.writable_roots, b"/dev")],
         "forbidden": [(one.device, one.inode, path_to_text(one.name), one.denied) for one in plan.forbidden],
         "pinned": [path_to_text(path) for path in sorted(pinned)],
         "mounted": [(path_to_text(one.path), isinstance(one, Mask)) for one in kept],
     }
 
 
-def _is_below(path: bytes, root: bytes) -> bool:
-    return path != root and path.startswith(root.rstrip(b"/") + b"/")
-
-
 class HelperNotStarted(InternalError):
     """There is no helper, perhaps since its plan was not true any more; the request was not sent."""
+
+
+def _is_below_any(path: bytes, roots: set[bytes]) -> bool:
+    return path != b"/" and not roots.isdisjoint(with_parents(os.path.dirname(path)))
 
 
 class _NotSent(Exception):

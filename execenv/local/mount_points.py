@@ -19,6 +19,7 @@ import os
 import signal
 import stat
 import sys
+import time
 from contextlib import contextmanager, suppress
 
 TYPE_CHECKING = False  # as in typing, which is not needed to run
@@ -29,7 +30,11 @@ if TYPE_CHECKING:
 SWEEP_LIMIT = 10
 """Seconds after which the script gives up."""
 
+PATIENCE = 0.002
+"""Seconds to wait for another program that works with the claims, which takes it some 0.1 ms."""
+
 _SUFFIX = ".claim"
+_FOR_NOW = frozenset((errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM))
 _LOCK = "lock"
 _Inode = tuple[int, int]
 
@@ -133,22 +138,20 @@ class Claim:
         """Remove what came into being by this claim, is empty, and is in no other live claim.
 
         Call it when no process is left in the sandbox. May be called again. Never raises for what cannot be
-        removed: that stays.
+        removed: that stays. What cannot be removed now, as another program works with the claims, is left to
+        `MountPoints.settle`.
         """
         fd, self._fd = self._fd, -1
-        if fd < 0:
-            return
-        try:
-            self._owner._release(self._name, fd, self._entries)
-        finally:
-            os.close(fd)
+        if fd >= 0:
+            self._owner._unsettled.append((self._name, fd, self._entries))
+            self._owner.settle()
 
 
 class MountPoints:
     """The claims of this user's programs.
 
-    All methods work with files, and wait for other programs that do the same: some 0.1 ms, unless a file
-    system does not answer.
+    All methods work with files, and wait for other programs that do the same, but not longer than `PATIENCE`
+    each: one of them may have been stopped.
 
     Args:
         directory: of the claims; `registry_directory()` if `None`. Made when it is needed.
@@ -156,6 +159,25 @@ class MountPoints:
 
     def __init__(self, directory: str | None = None) -> None:
         self._directory = directory
+        self._unsettled: list[tuple[str, int, list[_Entry]]] = []
+
+    def close(self) -> None:
+        """Let go of what is still unsettled; whoever sweeps next removes it."""
+        self.settle()
+        while self._unsettled:
+            os.close(self._unsettled.pop()[1])
+
+    def settle(self) -> None:
+        """Remove what could not be removed when its claim was released."""
+        while self._unsettled:
+            name, fd, entries = self._unsettled[0]
+            try:
+                self._release(name, fd, entries)
+            except OSError as error:
+                if error.errno in _FOR_NOW:
+                    return
+            del self._unsettled[0]
+            os.close(fd)
 
     def prepare(self) -> tuple[bytes, ...]:
         """Make the directory, before anything in a sandbox could, and remove what killed programs left.
@@ -165,9 +187,9 @@ class MountPoints:
         Raises:
             OSError: there is none that is this user's alone.
         """
-        with self._locked(create=True):
-            pass
-        self.sweep()
+        os.close(self._open(create=True))
+        with suppress(BlockingIOError):  # then others do it, or we do when we are started again
+            self.sweep()
         return (os.fsencode(registry_directory() if self._directory is None else self._directory),)
 
     def claim(self, paths: Iterable[tuple[bytes, bool]]) -> Claim:
@@ -182,8 +204,10 @@ class MountPoints:
                 file. Missing directories above them are claimed too.
 
         Raises:
+            BlockingIOError: another program works with the claims.
             OSError: there is no directory for claims that is this user's alone, or no room in it.
         """
+        self.settle()
         wanted = list(paths)
         if not wanted:
             return Claim(self, "", -1, [])
@@ -207,14 +231,15 @@ class MountPoints:
                 raise
             return Claim(self, name, fd, list(entries.values()))
 
-    def sweep(self) -> None:
+    def sweep(self, patience: float = PATIENCE) -> None:
         """Remove what programs left that were killed.
 
         Raises:
+            BlockingIOError: another program works with the claims for longer than `patience`.
             OSError: the directory of the claims is not this user's alone.
         """
         try:
-            with self._locked(create=False) as dir_fd:
+            with self._locked(create=False, patience=patience) as dir_fd:
                 records = list(self._records(dir_fd))
                 live = {entry.path for record in records if record.live for entry in record.entries}
                 for record in records:
@@ -225,7 +250,7 @@ class MountPoints:
             pass
 
     def _release(self, name: str, fd: int, entries: list[_Entry]) -> None:
-        with suppress(OSError), self._locked(create=False) as dir_fd:
+        with self._locked(create=False) as dir_fd:
             ours, found = os.fstat(fd), os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
             if (ours.st_dev, ours.st_ino) == (found.st_dev, found.st_ino):
                 others = [record for record in self._records(dir_fd) if record.name != name]
@@ -234,33 +259,50 @@ class MountPoints:
             # Else somebody has emptied the directory, and who else claims these paths is not known.
 
     @contextmanager
-    def _locked(self, *, create: bool) -> Iterator[int]:
-        path = registry_directory() if self._directory is None else self._directory
-        if create:
-            with suppress(FileExistsError):
-                os.mkdir(path, 0o700)
-        dir_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    def _locked(self, *, create: bool, patience: float = PATIENCE) -> Iterator[int]:
+        dir_fd = self._open(create=create)
         lock = -1
         try:
-            found = os.fstat(dir_fd)
-            if found.st_uid != os.geteuid() or found.st_mode & 0o077:
-                raise PermissionError(
-                    errno.EPERM, "is not this user's alone: remove it, or chmod go= if it is", path
-                )
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             lock = os.open(_LOCK, flags, 0o600, dir_fd=dir_fd)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _lock(lock, patience)
             yield dir_fd
         finally:
             if lock >= 0:
                 os.close(lock)
             os.close(dir_fd)
 
+    def _open(self, *, create: bool) -> int:
+        path = registry_directory() if self._directory is None else self._directory
+        if create:
+            with suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+        dir_fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        found = os.fstat(dir_fd)
+        if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+            os.close(dir_fd)
+            raise PermissionError(
+                errno.EPERM, "is not this user's alone: remove it, or chmod go= if it is", path
+            )
+        return dir_fd
+
     def _records(self, dir_fd: int) -> Iterator[_Record]:
         for name in os.listdir(dir_fd):
             if name.endswith(_SUFFIX):
                 with suppress(FileNotFoundError):
                     yield _read_record(dir_fd, name)
+
+
+def _lock(fd: int, patience: float) -> None:
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.0001)
 
 
 def _read_record(dir_fd: int, name: str) -> _Record:
@@ -370,4 +412,4 @@ def _started(pid: int) -> int | None:
 
 if __name__ == "__main__":
     signal.alarm(SWEEP_LIMIT)
-    MountPoints(sys.argv[1] if len(sys.argv) > 1 else None).sweep()
+    MountPoints(sys.argv[1] if len(sys.argv) > 1 else None).sweep(SWEEP_LIMIT)

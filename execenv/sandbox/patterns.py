@@ -17,6 +17,10 @@ from execenv.errors import InvalidParams
 
 MAX_ALTERNATIVES = 1000
 """How many patterns one with braces may stand for."""
+MAX_TOKENS = 20_000
+"""And how many characters and wildcards all of these may have: regular expressions are slow to make."""
+
+_SHOWN = 4096
 
 _Token = tuple[str, str]
 """A kind ("plain", "any", "star", "across", "/") and its text: a character, or a regular expression."""
@@ -76,9 +80,10 @@ class _Reader:
     def __init__(self, text: str) -> None:
         self._text = text
         self._at = 0
+        self._tokens = 0
 
     def wrong(self, why: str) -> InvalidParams:
-        shown = self._text.encode("utf-8", "replace").decode()
+        shown = self._text[:_SHOWN].encode("utf-8", "replace").decode()
         return InvalidParams(f"invalid glob pattern `{shown}`: {why}")
 
     def check_count(self, choices: list[list[list[list[_Token]]]]) -> None:
@@ -108,6 +113,9 @@ class _Reader:
             step = self._braces(nested + 1) if char == "{" else [[self._token(char)]]
             if len(read) * len(step) > MAX_ALTERNATIVES:
                 raise self.wrong("too many alternatives")
+            self._tokens += len(read) * sum(map(len, step))
+            if self._tokens > MAX_TOKENS:
+                raise self.wrong("it stands for too much")
             read = (
                 [[*head, *tail] for head in read for tail in step]
                 if len(step) > 1

@@ -47,6 +47,14 @@ MINIMAL = (
 """What `minimal` stands for, as far as it exists."""
 MAX_NAMES = 200_000
 """How many names are looked at for all patterns of a policy."""
+MAX_PLACES = 10_000
+"""How many paths the entries of a policy may stand for."""
+MAX_PATTERNS = 2_000
+"""How many patterns without braces they may stand for."""
+MAX_PATTERN_TEXT = 100_000
+"""And how long all of these may be, as regular expressions."""
+MAX_MOUNTS = 3_000
+"""More than bubblewrap takes at once."""
 MAX_LINKS = 40
 
 
@@ -138,7 +146,7 @@ class Forbidden:
     denied: bool
 
 
-@frozen
+@frozen(cache_hash=True)
 class MountPlan:
     """What a sandboxed process or file call sees.
 
@@ -183,6 +191,14 @@ class MountPlan:
 def is_within(path: bytes, root: bytes) -> bool:
     """Whether an absolute path is `root` or below it."""
     return path == root or root == b"/" or path.startswith(root + b"/")
+
+
+def with_parents(path: bytes) -> Iterator[bytes]:
+    """An absolute path, and every directory above it."""
+    while path != b"/":
+        yield path
+        path = _parent(path)
+    yield path
 
 
 def execution(sandbox: Sandbox) -> Execution:
@@ -244,21 +260,21 @@ def arguments(plan: MountPlan, data_fds: Iterable[int], *, prefix: bytes = b"") 
     if plan.whole and operations and operations[0].path == b"/":
         base, operations = [b"--bind", b"/", root], operations[1:]
     options = [*base, b"--dev", prefix + _DEV]
-    bound = [b"/"] if plan.whole else []
+    bound = {b"/"} if plan.whole else set()
     bare = {b"/"}
     for op in operations:
         if isinstance(op, Mask):
             options += _mask_options(op, fds, prefix)
             continue
         above = _parent(op.path)
-        if above not in bare and not any(is_within(above, path) for path in bound):
+        if above not in bare and bound.isdisjoint(with_parents(above)):
             options += (b"--dir", prefix + above)
             bare.add(above)
         if isinstance(op, Link):
             options += (b"--symlink", op.target, prefix + op.path)
         else:
             options += (b"--bind" if op.writable else b"--ro-bind", op.path, prefix + op.path)
-            bound.append(op.path)
+            bound.add(op.path)
     if not plan.whole:
         options += (b"--dir", prefix + _PROC, b"--remount-ro", root)
     return options
@@ -317,9 +333,15 @@ def _listed(sandbox: Sandbox, tmpdir: bytes | None, cwd: bytes | None) -> tuple[
         return [], []
     places: list[_Listed] = []
     searches: list[_Search] = []
+    text = 0
     for entry in entries:
         if isinstance(entry.rule, GlobRule):
             found = [_Search(entry.rule.pattern, one) for one in _compile(entry.rule.pattern, cwd)]
+            text += sum(len(part.pattern) for one in found for part in one.pattern.parts if part is not None)
+            if text > MAX_PATTERN_TEXT or len(searches) + len(found) > MAX_PATTERNS:
+                raise InvalidParams(
+                    f"the patterns of a sandbox stand for more than {MAX_PATTERNS}, or are too long"
+                )
             if entry.access == "deny":
                 searches += (search for search in found if search.pattern.parts)
                 paths = [search.pattern.fixed for search in found if not search.pattern.parts]
@@ -329,6 +351,8 @@ def _listed(sandbox: Sandbox, tmpdir: bytes | None, cwd: bytes | None) -> tuple[
             paths = [entry.rule.path.to_native()]
         else:
             paths = _special(entry.rule, sandbox, tmpdir, cwd)
+        if len(places) + len(paths) > MAX_PLACES:
+            raise InvalidParams(f"the entries of a sandbox stand for more than {MAX_PLACES} paths")
         places += (_Listed(_normal(path), entry.access, entry.skip_missing) for path in paths)
     return places, searches
 
@@ -532,10 +556,10 @@ class _Planner:
     ) -> None:
         named = [(place, one.access, _shown(one.path)) for one, place in places]
         named += ((place, "deny", one.text) for one, place in prefixes)
-        roots = [path for path, access in self.rules.items() if access == "write"]
+        roots = {path for path, access in self.rules.items() if access == "write"}
         for place, access, text in named:
             for link, _ in place.links:
-                if any(is_within(link, root) for root in roots):
+                if not roots.isdisjoint(with_parents(link)):
                     raise _cannot(access, text, f"it crosses writable symlink {_shown(link)}")
 
     def search(self, prefixes: list[tuple[_Search, _Place]], depth: int | None) -> None:
@@ -663,8 +687,11 @@ class _Planner:
     def plan(self, places: list[tuple[_Listed, _Place]], *, network: bool) -> MountPlan:
         whole = b"/" in self.rules
         links = () if whole else self.links(places)
+        operations = (*links, *self.operations())
+        if len(operations) > MAX_MOUNTS:
+            raise InternalError(f"cannot enforce the sandbox: it takes more than {MAX_MOUNTS} mounts")
         forbidden = (self.forbidden(path) for path in sorted(self.covered))
-        return MountPlan(whole, (*links, *self.operations()), tuple(forbidden), network)
+        return MountPlan(whole, operations, tuple(forbidden), network)
 
     def operations(self) -> Iterator[Operation]:
         """What is seen first, then what is not with what it reopens; each behind all that is above it."""

@@ -21,6 +21,9 @@ Network = Literal["restricted", "enabled"]
 ProfileKind = Literal["managed", "disabled", "external"]
 SpecialKind = Literal["root", "minimal", "project_roots", "tmpdir", "slash_tmp", "unknown"]
 
+MAX_LISTED = 10_000
+"""How long a list on the wire may be. bubblewrap mounts some 3,000 things, and most are not there."""
+
 _ACCESS = ("read", "write", "deny", "none")
 _NETWORK = get_args(Network)
 _SPECIAL = ("root", "minimal", "current_working_directory", "project_roots", "tmpdir", "slash_tmp", "unknown")
@@ -304,7 +307,7 @@ class SandboxProfile:
         )
 
 
-@frozen
+@frozen(cache_hash=True)
 class Sandbox:
     """A profile, and what it means for one request: the `sandbox` member of the wire.
 
@@ -464,6 +467,8 @@ def _map(value: Any, expected: str) -> dict[str, Any]:
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise InvalidParams(wrong_type(value, "a sequence"))
+    if len(value) > MAX_LISTED:
+        raise InvalidParams(f"a list of a sandbox has {len(value)} members, more than {MAX_LISTED}")
     return value
 
 
