@@ -149,6 +149,7 @@ class Environment:
 
         Raises:
             UsageError: the profile speaks of `project_roots` or relative patterns, and neither was given.
+            NotSupported: this environment is under a sandbox already, or has none.
         """
         from execenv._sandboxed import SandboxedEnvironment
 
@@ -207,7 +208,8 @@ class Environment:
             tty: run it on a terminal, which merges stdout and stderr.
             arg0: what the program sees as its own name.
             sandbox: what the program, and all that it starts, may touch; `sandboxed` has more to say. Its
-                `project_roots` are `cwd`, which must be given then.
+                `project_roots` are `cwd`, which must be given then. Refused where `sandboxed` has given
+                one already.
             allow_gaps: go on when output was lost for good; without it that raises `OutputGap`.
 
         Raises:

@@ -401,6 +401,25 @@ async def test_a_workspace_is_never_guessed(environment: Environment) -> None:
         await environment.sandboxed(profile)
 
 
+@pytest.mark.parametrize(
+    "outer",
+    [WRITE, SandboxProfile.unrestricted(), SandboxProfile.disabled()],
+    ids=["write", "unrestricted", "disabled"],
+)
+async def test_a_sandbox_in_a_sandbox_is_refused_and_not_ignored(
+    environment: Environment, workspace: Path, outer: SandboxProfile
+) -> None:
+    confined = await environment.sandboxed(outer, cwd=workspace)
+    with pytest.raises(NotSupported, match="under a sandbox already"):
+        await confined.sandboxed(SandboxProfile.read_only(), cwd=workspace)
+    for inner in (SandboxProfile.read_only(), SandboxProfile.disabled()):
+        with pytest.raises(ProcessNotStarted, match="under a sandbox already"):
+            await sh(confined, "echo x > made", inner, workspace)
+        with pytest.raises(ProcessNotStarted, match="under a sandbox already"):
+            await confined.start_detached("x", ["sh", "-c", "echo x > made"], sandbox=inner, cwd=workspace)
+    assert sorted(os.listdir(workspace)) == ["file"]
+
+
 async def test_a_policy_that_cannot_be_enforced_is_refused(environment: Environment, workspace: Path) -> None:
     (workspace / ".codex").symlink_to("elsewhere")
     with pytest.raises(ProcessNotStarted, match="crosses writable symlink"):
