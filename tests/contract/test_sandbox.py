@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -399,6 +400,30 @@ async def test_a_workspace_is_never_guessed(environment: Environment) -> None:
     with pytest.raises(UsageError, match="relative"):
         profile = SandboxProfile.managed([(GlobRule("*.env"), "deny")])
         await environment.sandboxed(profile)
+
+
+async def test_one_path_is_no_list_of_workspace_roots(environment: Environment, workspace: Path) -> None:
+    for root in (str(workspace), workspace, environment.path(str(workspace)), PathUri.parse(str(workspace))):
+        with pytest.raises(UsageError, match="a list of them is wanted"):
+            await environment.sandboxed(WRITE, workspace_roots=root)  # type: ignore[arg-type]
+
+
+async def test_what_is_no_profile_is_refused(environment: Environment, workspace: Path) -> None:
+    odd: Any = "read-only"
+    with pytest.raises(UsageError, match=r"SandboxProfile\.read_only\(\), not 'read-only'"):
+        await environment.sandboxed(odd, cwd=workspace)
+    with pytest.raises(UsageError, match="a sandbox is a profile"):
+        await environment.run(["true"], sandbox=odd)
+
+
+async def test_relative_workspace_roots_are_from_the_working_directory_of_the_sandbox(
+    environment: Environment, workspace: Path
+) -> None:
+    (workspace / "sub").mkdir()
+    confined = await environment.sandboxed(WRITE, cwd=workspace, workspace_roots=["sub"])
+    done = await confined.run(["sh", "-c", "echo x > sub/made && echo x > made"], check=False)
+    assert (done.returncode, done.sandbox_denied) == (2, True)
+    assert os.listdir(workspace / "sub") == ["made"]
 
 
 @pytest.mark.parametrize(
