@@ -340,7 +340,6 @@ async def test_files_under_a_sandbox(environment: Environment, workspace: Path) 
         lambda: confined.files.write_file(".git/config", b"x"),
         lambda: confined.files.create_directory(".git/hooks"),
         lambda: confined.files.remove("../outside"),
-        lambda: confined.files.rename("made", ".git"),
         lambda: confined.files.copy("made", "../copied"),
     ]
     for change in changes:
@@ -349,6 +348,17 @@ async def test_files_under_a_sandbox(environment: Environment, workspace: Path) 
         assert caught.value.errno in (errno.EROFS, errno.EXDEV)
     assert (workspace.parent / "outside").read_text() == "secret\n"
     assert sorted(os.listdir(workspace)) == ["file", "made"]
+
+
+async def test_renaming_under_a_sandbox(environment: Environment, workspace: Path) -> None:
+    confined = await environment.sandboxed(WRITE, cwd=workspace)
+    for name in (".git", "../file"):
+        with pytest.raises(OSError) as caught:
+            await confined.files.rename("file", name)
+        assert caught.value.errno in (errno.EROFS, errno.EXDEV)
+    await confined.files.rename("file", "other")
+    assert os.listdir(workspace) == ["other"]
+    assert sorted(os.listdir(workspace.parent)) == ["outside", "w"]
 
 
 async def test_a_link_out_of_the_workspace_is_not_written_through(
