@@ -15,6 +15,9 @@ from execenv.protocol import (
 )
 from execenv.sandbox.policy import Sandbox
 
+_REFUSED = {"environmentConfigRead", "fsWatchMissing"}
+"""Capabilities that nothing under a sandbox has."""
+
 _ONE_ONLY = (
     "this environment is under a sandbox already, and one cannot be put into another: "
     "give the other profile to the environment without one"
@@ -46,7 +49,8 @@ class SandboxedEnvironment(EnvironmentBackend):
 
     async def info(self) -> EnvironmentInfo:
         info = await self._inner.info()
-        return info if self._sandbox.cwd is None else evolve(info, cwd=self._sandbox.cwd)
+        refused = dict.fromkeys(info.capabilities.keys() & _REFUSED, False)
+        return evolve(info, cwd=self._sandbox.cwd or info.cwd, capabilities=info.capabilities | refused)
 
     async def read_config(self, params: EnvironmentConfigReadParams) -> EnvironmentConfig:
         raise NotSupported("the configuration of a codex is read outside of every sandbox")
