@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 
 import trio
-from attrs import frozen
+from attrs import evolve, frozen
 
 from execenv._locations import Access, Target
 from execenv._service import open_nursery
@@ -43,7 +43,10 @@ async def run_job(job: Job) -> int:
     async with job.access.open(job.target) as environment, open_nursery() as nursery:
         nursery.start_soon(tell_of_losses, environment)
         try:
-            return await _run(await _confined(environment, job), job)
+            confined = await _confined(environment, job)
+            if confined is not environment:
+                job = evolve(job, cwd=None)  # it is that of the sandbox, so it would be from there
+            return await _run(confined, job)
         except ProcessNotStarted as error:
             print(f"execenv: {' '.join(str(error).split())}", file=sys.stderr)
             if "os error 2)" in error.reason or "No viable candidates" in error.reason:

@@ -409,9 +409,9 @@ def _bound_socket(host: str, port: int) -> socket.socket:
     "--sandbox",
     metavar="read-only|workspace-write[:DIR...]",
     callback=_check_sandbox,
-    help="What the program, and all that it starts, may write: nothing; or the directories named, else the "
-    "one it runs in, and those for temporary files. It may read everything. Refused where it cannot be "
-    "enforced.",
+    help="What the program, and all that it starts, may write: nothing; or the directories named (relative "
+    "ones are from the one it runs in), else the one it runs in, and those for temporary files. It may read "
+    "everything. Refused where it cannot be enforced.",
 )
 @click.option("--no-network", is_flag=True, help="The program has no network, not even of this machine.")
 @_debug_option
@@ -431,8 +431,9 @@ def run(
 ) -> None:
     """Run a program in an environment, with its output here as it comes.
 
-    stdin is passed on. The exit status is the program's; 127 if it was not found, 126 if it could not be
-    run, 125 if anything else failed. Ctrl-C interrupts the program, a second one ends it.
+    stdin is passed on. The exit status is the program's; 127 if it was not found (under --sandbox also if it
+    could not be run), 126 if it could not be run, 125 if anything else failed. Ctrl-C interrupts the program,
+    a second one ends it.
     """
     from execenv import _run_command
 

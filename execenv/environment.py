@@ -145,15 +145,21 @@ class Environment:
         Args:
             cwd: the working directory of what is done through it, and what relative patterns are from.
             workspace_roots: what `project_roots` in the profile stands for; `cwd` if there are none. It is
-                never the directory that the environment itself works in.
+                never the directory that the environment itself works in. Relative ones are from `cwd`.
 
         Raises:
-            UsageError: the profile speaks of `project_roots` or relative patterns, and neither was given.
+            UsageError: the profile speaks of `project_roots` or relative patterns, and neither was given; or
+                there is one path for `workspace_roots`, and no list.
+            NotSupported: this environment is under a sandbox already, or has none.
         """
         from execenv._sandboxed import SandboxedEnvironment
 
+        if isinstance(workspace_roots, str | os.PathLike | PathUri | EnvironmentPath):
+            raise UsageError(
+                f"workspace_roots are several, so a list of them is wanted: [{str(workspace_roots)!r}]"
+            )
         where = None if cwd is None else await self._locate(cwd)
-        roots = tuple([await self._locate(root) for root in workspace_roots])
+        roots = tuple([await self._locate(root, where) for root in workspace_roots])
         return Environment(SandboxedEnvironment(self._backend, _sandbox(profile, where, roots)))
 
     @property
@@ -207,7 +213,8 @@ class Environment:
             tty: run it on a terminal, which merges stdout and stderr.
             arg0: what the program sees as its own name.
             sandbox: what the program, and all that it starts, may touch; `sandboxed` has more to say. Its
-                `project_roots` are `cwd`, which must be given then.
+                `project_roots` are `cwd`, which must be given then. Refused where `sandboxed` has given
+                one already.
             allow_gaps: go on when output was lost for good; without it that raises `OutputGap`.
 
         Raises:
@@ -377,7 +384,7 @@ class Environment:
             raise ProcessNotStarted(words[0], self.name, str(error)) from error
         return Process(backend, inbox, words, self.name, stdin=stdin or tty, tty=tty)
 
-    async def _locate(self, path: AnyPath | os.PathLike[str]) -> PathUri:
+    async def _locate(self, path: AnyPath | os.PathLike[str], base: PathUri | None = None) -> PathUri:
         if isinstance(path, PathUri):
             return path
         if isinstance(path, EnvironmentPath):
@@ -390,7 +397,7 @@ class Environment:
         except PathUriError:
             if text.startswith("file:") or not text:
                 raise
-        return (await self._working_directory()).join(text)
+        return (base or await self._working_directory()).join(text)
 
     async def _working_directory(self) -> PathUri:
         return (await self.info()).cwd or PathUri.parse("file:///")
@@ -417,6 +424,8 @@ class Environment:
 
 
 def _sandbox(profile: SandboxProfile, cwd: PathUri | None, roots: tuple[PathUri, ...]) -> Sandbox:
+    if not isinstance(profile, SandboxProfile):
+        raise UsageError(f"a sandbox is a profile, such as SandboxProfile.read_only(), not {profile!r}")
     roots = roots or (() if cwd is None else (cwd,))
     if profile.needs_workspace_roots and not roots:
         raise UsageError("this profile is about a workspace: say which, by workspace_roots= or cwd=")

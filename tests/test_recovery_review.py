@@ -14,7 +14,15 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from execenv import ConnectFailed, ConnectionLost, Environment, OutputGap, ProcessNotStarted, fail_fast
+from execenv import (
+    ConnectFailed,
+    ConnectionLost,
+    Environment,
+    OutputGap,
+    ProcessNotStarted,
+    SandboxProfile,
+    fail_fast,
+)
 from execenv.errors import SessionAttached
 from execenv.process import Inbox
 from execenv.remote.connection import open_remote
@@ -915,3 +923,45 @@ async def test_gap_at_a_server_that_says_little_is_told_once(autojump_clock: Moc
         assert await process.stdout.receive_some() == b"4"
         assert await process.stdout.receive_some() == b""
         assert await process.wait() == 0
+
+
+# Sandboxes that a server may not have heard of.
+
+READ_ONLY = SandboxProfile.read_only()
+
+
+async def test_server_that_ignores_a_sandbox_is_told_to_end_what_it_started(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_reference() as (server, env):
+        with trio.fail_after(60), pytest.raises(ProcessNotStarted, match="ignored the sandbox"):
+            await env.run(["x"], sandbox=READ_ONLY)
+        await wait_all_tasks_blocked()
+        assert server.calls[-2:] == ["process/start", "process/terminate"]
+
+
+async def test_server_that_ignores_a_sandbox_that_restricts_nothing_may(autojump_clock: MockClock) -> None:
+    disabled = SandboxProfile.disabled()
+    async with open_reference() as (server, env), env.open_process(["x"], sandbox=disabled) as process:
+        server.emit(0, None)
+        assert await process.wait() == 0
+
+
+async def test_process_whose_sandbox_nobody_confirmed_is_ended(autojump_clock: MockClock) -> None:
+    async with open_network() as (network, env):
+        network.drop_once(b"linuxSeccomp", BEFORE, from_server=True)
+        with pytest.raises(ConnectionLost, match="whether its sandbox is enforced"):
+            await env.start_detached("dev", ["x"], sandbox=READ_ONLY)
+        await wait_all_tasks_blocked()
+        assert network.process().signals == ["terminate"]
+
+
+async def test_lost_answer_of_a_server_that_has_confirmed_a_sandbox_is_not_missed(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_network() as (network, env):
+        await env.start_detached("one", ["x"], sandbox=READ_ONLY)
+        network.drop_once(b"linuxSeccomp", BEFORE, from_server=True)
+        await env.start_detached("two", ["x"], sandbox=READ_ONLY)
+        await wait_all_tasks_blocked()
+        assert network.process().signals == []

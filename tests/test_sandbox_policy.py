@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -435,7 +436,7 @@ def test_managed_takes_words_paths_and_rules() -> None:
         ({"/srv/*.env": "deny"}, r"say GlobRule\('/srv/\*.env'\)"),
         ({GlobRule("/srv/*.env"): "read"}, "can only deny"),
         ({GlobRule("/srv/[.env"): "deny"}, "is not closed"),
-        ({7: "read"}, "a path is a str or a PathUri"),
+        ({7: "read"}, "a path is a str, an os.PathLike or a PathUri"),
         (["/srv"], "is a pair"),
     ],
 )
@@ -452,8 +453,26 @@ def test_other_nonsense_is_a_usage_error() -> None:
         SandboxProfile.managed({}, glob_scan_max_depth=0)
     with pytest.raises(UsageError, match="a list of them"):
         SandboxProfile.workspace_write("/srv/w")
+    with pytest.raises(UsageError, match="a list of them"):
+        SandboxProfile.workspace_write(Path("/srv/w"))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no absolute path"):
         SandboxProfile.workspace_write(["w"])
+    with pytest.raises(UsageError, match="not 3"):
+        SandboxProfile.workspace_write([3])  # type: ignore[list-item]
+    odd = SpecialRule("home")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="'home' is no place: root, minimal,"):
+        SandboxProfile.managed([(odd, "read")])
+
+
+def test_paths_are_given_in_any_form() -> None:
+    forms: list[str | PathUri | Path] = [
+        "/srv/w",
+        Path("/srv/w"),
+        PathUri.parse("file:///srv/w"),
+        "file:///srv/w",
+    ]
+    assert len({SandboxProfile.workspace_write([path]) for path in forms}) == 1
+    assert len({SandboxProfile.managed([(path, "read")]) for path in forms}) == 1
 
 
 def test_profile_without_writes_keeps_what_is_denied_and_the_depth() -> None:

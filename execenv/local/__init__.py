@@ -121,7 +121,8 @@ class LocalEnvironment(EnvironmentBackend):
             info = local_info()
             works = await self._confinement.works()
             if works is not None:
-                info = evolve(info, capabilities={**info.capabilities, "sandbox": works})
+                confines = {"sandbox": works, "sandboxedFileStreaming": works}
+                info = evolve(info, capabilities={**info.capabilities, **confines})
             self._info = info
         return self._info
 

@@ -6,6 +6,7 @@ are only values: `plan` turns them into mounts.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias, get_args, overload
@@ -68,7 +69,7 @@ class SpecialRule:
 
 
 Rule: TypeAlias = PathRule | GlobRule | SpecialRule
-Place: TypeAlias = Rule | PathUri | str
+Place: TypeAlias = Rule | PathUri | str | os.PathLike[str]
 """What `SandboxProfile.managed` takes for a rule."""
 
 
@@ -108,7 +109,7 @@ class SandboxProfile:
     @classmethod
     def workspace_write(
         cls,
-        roots: Iterable[PathUri | str] | None = None,
+        roots: Iterable[PathUri | str | os.PathLike[str]] | None = None,
         *,
         network: Network = "restricted",
         temporary: bool = True,
@@ -124,9 +125,9 @@ class SandboxProfile:
             temporary: also `/tmp`, and the directory that TMPDIR of the server names.
 
         Raises:
-            UsageError: a root is no absolute path, or a bare string was given for the roots.
+            UsageError: a root is no absolute path, or a bare path was given for the roots.
         """
-        if isinstance(roots, str | PathUri):
+        if isinstance(roots, str | PathUri | os.PathLike):
             raise UsageError(f"roots are several, so a list of them is wanted: [{str(roots)!r}]")
         rules: list[Rule] = [SpecialRule("project_roots")]
         if roots is not None:
@@ -180,8 +181,9 @@ class SandboxProfile:
         Args:
             entries: places and what may be done there. A `str` is an absolute path, a `file:` URI, or one of
                 `:root`, `:minimal` (what programs need to start), `:project_roots` (also with a path behind
-                it), `:tmpdir` and `:slash_tmp`. A pattern is never guessed: names with brackets are real
-                names, so say `GlobRule(...)`, or `PathRule(PathUri.parse(...))` for such a name.
+                it), `:tmpdir` and `:slash_tmp`; an `os.PathLike` is an absolute path. A pattern is never
+                guessed: names with brackets are real names, so say `GlobRule(...)`, or
+                `PathRule(PathUri.parse(...))` for such a name.
             glob_scan_max_depth: how far below the fixed part of a pattern is looked for what matches; 1 is
                 only what is directly there. `None`: to the bottom.
 
@@ -604,15 +606,16 @@ def _network(network: Network) -> Network:
     return network
 
 
-def _given_path(path: PathUri | str) -> PathUri:
+def _given_path(path: PathUri | str | os.PathLike[str]) -> PathUri:
     if isinstance(path, PathUri):
         return path
-    if not isinstance(path, str):
-        raise UsageError(f"a path is a str or a PathUri, not {path!r}")
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str):
+        raise UsageError(f"a path is a str, an os.PathLike or a PathUri, not {path!r}")
     try:
-        return PathUri.parse(path)
+        return PathUri.parse(text)
     except PathUriError as error:
-        raise UsageError(f"{path!r} is no absolute path and no file: URI ({error})") from None
+        raise UsageError(f"{text!r} is no absolute path and no file: URI ({error})") from None
 
 
 def _given_entry(pair: tuple[Place, Access] | Entry) -> Entry:
@@ -639,6 +642,8 @@ def _given_rule(place: Place) -> Rule:
             check_subpath(place.subpath)
     except InvalidParams as error:
         raise UsageError(error.message) from None
+    if isinstance(place, SpecialRule) and place.kind not in get_args(SpecialKind):
+        raise UsageError(f"{place.kind!r} is no place: {', '.join(get_args(SpecialKind))}")
     if isinstance(place, PathRule | GlobRule | SpecialRule):
         return place
     if isinstance(place, str) and place.startswith(":"):

@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -339,7 +340,6 @@ async def test_files_under_a_sandbox(environment: Environment, workspace: Path) 
         lambda: confined.files.write_file(".git/config", b"x"),
         lambda: confined.files.create_directory(".git/hooks"),
         lambda: confined.files.remove("../outside"),
-        lambda: confined.files.rename("made", ".git"),
         lambda: confined.files.copy("made", "../copied"),
     ]
     for change in changes:
@@ -348,6 +348,17 @@ async def test_files_under_a_sandbox(environment: Environment, workspace: Path) 
         assert caught.value.errno in (errno.EROFS, errno.EXDEV)
     assert (workspace.parent / "outside").read_text() == "secret\n"
     assert sorted(os.listdir(workspace)) == ["file", "made"]
+
+
+async def test_renaming_under_a_sandbox(environment: Environment, workspace: Path) -> None:
+    confined = await environment.sandboxed(WRITE, cwd=workspace)
+    for name in (".git", "../file"):
+        with pytest.raises(OSError) as caught:
+            await confined.files.rename("file", name)
+        assert caught.value.errno in (errno.EROFS, errno.EXDEV)
+    await confined.files.rename("file", "other")
+    assert os.listdir(workspace) == ["other"]
+    assert sorted(os.listdir(workspace.parent)) == ["outside", "w"]
 
 
 async def test_a_link_out_of_the_workspace_is_not_written_through(
@@ -399,6 +410,49 @@ async def test_a_workspace_is_never_guessed(environment: Environment) -> None:
     with pytest.raises(UsageError, match="relative"):
         profile = SandboxProfile.managed([(GlobRule("*.env"), "deny")])
         await environment.sandboxed(profile)
+
+
+async def test_one_path_is_no_list_of_workspace_roots(environment: Environment, workspace: Path) -> None:
+    for root in (str(workspace), workspace, environment.path(str(workspace)), PathUri.parse(str(workspace))):
+        with pytest.raises(UsageError, match="a list of them is wanted"):
+            await environment.sandboxed(WRITE, workspace_roots=root)  # type: ignore[arg-type]
+
+
+async def test_what_is_no_profile_is_refused(environment: Environment, workspace: Path) -> None:
+    odd: Any = "read-only"
+    with pytest.raises(UsageError, match=r"SandboxProfile\.read_only\(\), not 'read-only'"):
+        await environment.sandboxed(odd, cwd=workspace)
+    with pytest.raises(UsageError, match="a sandbox is a profile"):
+        await environment.run(["true"], sandbox=odd)
+
+
+async def test_relative_workspace_roots_are_from_the_working_directory_of_the_sandbox(
+    environment: Environment, workspace: Path
+) -> None:
+    (workspace / "sub").mkdir()
+    confined = await environment.sandboxed(WRITE, cwd=workspace, workspace_roots=["sub"])
+    done = await confined.run(["sh", "-c", "echo x > sub/made && echo x > made"], check=False)
+    assert (done.returncode, done.sandbox_denied) == (2, True)
+    assert os.listdir(workspace / "sub") == ["made"]
+
+
+@pytest.mark.parametrize(
+    "outer",
+    [WRITE, SandboxProfile.unrestricted(), SandboxProfile.disabled()],
+    ids=["write", "unrestricted", "disabled"],
+)
+async def test_a_sandbox_in_a_sandbox_is_refused_and_not_ignored(
+    environment: Environment, workspace: Path, outer: SandboxProfile
+) -> None:
+    confined = await environment.sandboxed(outer, cwd=workspace)
+    with pytest.raises(NotSupported, match="under a sandbox already"):
+        await confined.sandboxed(SandboxProfile.read_only(), cwd=workspace)
+    for inner in (SandboxProfile.read_only(), SandboxProfile.disabled()):
+        with pytest.raises(ProcessNotStarted, match="under a sandbox already"):
+            await sh(confined, "echo x > made", inner, workspace)
+        with pytest.raises(ProcessNotStarted, match="under a sandbox already"):
+            await confined.start_detached("x", ["sh", "-c", "echo x > made"], sandbox=inner, cwd=workspace)
+    assert sorted(os.listdir(workspace)) == ["file"]
 
 
 async def test_a_policy_that_cannot_be_enforced_is_refused(environment: Environment, workspace: Path) -> None:
