@@ -517,7 +517,7 @@ def test_watches_beyond_the_limit_are_declined_at_once_however_many_come(
     requests = [("fs/watchMissing", {"watchId": n, "missing": [uri(root / "new")]}) for n in range(number)]
     replies = exchange(client, requests)
     declined = [reply for reply in replies if reply.get("result") == {"watching": False}]
-    # Of the others, the system may refuse some (fs.inotify.max_user_instances), and then others have their place.
+    # Of the others, the system may refuse some (fs.inotify.max_user_instances): others have their place then.
     refused = [reply for reply in replies if code_of(reply) is not None]
     assert {code_of(reply) for reply in refused} <= {-32603}
     most = number - filesystem.MAX_WATCHES

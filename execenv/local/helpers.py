@@ -177,8 +177,7 @@ def setup_of(plan: MountPlan) -> dict[str, Any]:
     kept = [
         operation
         for operation in operations
-        if (isinstance(operation, Mask) or not operation.writable)
-        and _is_below_any(operation.path, roots)
+        if (isinstance(operation, Mask) or not operation.writable) and _is_below_any(operation.path, roots)
     ]
     pinned = set()
     for path in inside:  # all between a mount and the root that it is in
