@@ -153,9 +153,10 @@ class ProcessMark:
         return [line.replace(b"\0", b" ").decode(errors="replace") for line in lines]
 
     def kill(self) -> None:
-        """Kill every marked process, also one that is started meanwhile."""
+        """Kill every marked process, also one that is started meanwhile; the oldest first, so that none tells
+        of the end of another."""
         while pids := self.pids():
-            for pid in pids:
+            for pid in sorted(pids, key=_started):
                 try:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
@@ -165,6 +166,12 @@ class ProcessMark:
         """Wait until no process but those of `but` carries the mark."""
         while self.pids() - but:  # noqa: ASYNC110 - the end of somebody else's child has no event
             await trio.sleep(0.01)
+
+
+def _started(pid: int) -> int:
+    """When a process was started, in ticks since the boot; 0 if there is none."""
+    fields = _proc(str(pid), "stat").rpartition(b")")[2].split()
+    return int(fields[19]) if fields else 0
 
 
 def _proc(pid: str, file: str) -> bytes:
