@@ -866,6 +866,12 @@ OTHERS: tuple[tuple[str, str, str, Codex], ...] = (
         "test_calls_about_files_read_no_device_and_wait_for_no_fifo",
         "yes",
     ),
+    (
+        "calls about /proc: the server's environment and memory",
+        "files about processes are read inside, also where all can be read",
+        "test_calls_about_files_do_not_read_what_the_server_has",
+        "no",
+    ),
 )
 """Attempts that are more than one program, with the names of their tests, and as `Escape.codex`."""
 

@@ -12,7 +12,7 @@ import sys
 import threading
 from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -829,6 +829,26 @@ def test_name_in_another_case_is_the_same_where_case_does_not_count(
     with pytest.raises(PermissionError):
         names.mkdir(bytes(top / ".Git"))
     names.mkdir(bytes(top / "other"))
+
+
+@pytest.mark.parametrize("path", ["/proc/self/stat", f"/proc/{os.getpid()}/stat", "link"])
+@pytest.mark.parametrize("how", ["read", "open", "at once"])
+async def test_files_about_processes_are_those_inside(
+    local: LocalEnvironment, top: Path, path: str, how: str
+) -> None:
+    (top / "link").symlink_to("/proc/self/stat")
+    files = confined(local, top, *WS)  # reads all, so without a helper
+    found = b""
+    with suppress(OSError):
+        if how == "read":
+            found = await files.read_file(at(top / path))
+        elif how == "at once":
+            found = files.read_file_nowait(at(top / path)) or b""
+        else:
+            handle = await files.open(at(top / path))
+            found = await handle.read(0, 100)
+            await handle.close()
+    assert not found.startswith(b"%d " % os.getpid())
 
 
 async def test_protected_name_whose_mount_is_taken_away_meanwhile_stays_refused(

@@ -739,6 +739,22 @@ async def test_calls_about_files_read_no_device_and_wait_for_no_fifo(place: Plac
     assert outside.harm() == []
 
 
+async def test_calls_about_files_do_not_read_what_the_server_has(place: Place, outside: Outside) -> None:
+    link = Path(outside.workspace, "environ")
+    os.symlink("/proc/self/environ", link)
+    folder = Path(outside.workspace, "process")
+    os.symlink(f"/proc/{place.server.pid}", folder)
+    sandbox = context(restricted(special("root"), entry(str(outside.workspace), "write")))
+    secret = f"environment-{place.token}".encode()
+    async with client_of(place) as client:
+        for path in ("/proc/self/environ", f"/proc/{place.server.pid}/environ", link, folder / "environ"):
+            method, params = read(str(path))
+            plain = await client.result(method, params)
+            assert secret in b64decode(plain["dataBase64"])
+            answer = await client.ask(method, {**params, "sandbox": sandbox})
+            assert secret not in b64decode(answer.get("result", {}).get("dataBase64", ""))
+
+
 def test_table_of_the_documentation_is_that_of_the_tests() -> None:
     assert table() in DOCS.read_text()
     assert {test for _, _, test, _ in OTHERS} <= globals().keys()

@@ -12,6 +12,7 @@ import pytest
 
 from execenv.errors import InternalError
 from execenv.local.restrict import restricted
+from execenv.sandbox import landlock
 from execenv.sandbox.seccomp import compile_filter
 
 pytestmark = pytest.mark.skipif(
@@ -66,6 +67,16 @@ def test_sockets_are_refused_in_it_and_in_what_it_starts() -> None:
 def test_it_cannot_gain_privileges() -> None:
     done = run("grep", "-E", "^(NoNewPrivs|Seccomp):", "/proc/self/status")
     assert done.stdout == "NoNewPrivs:\t1\nSeccomp:\t2\n"
+
+
+@pytest.mark.skipif(landlock.abi() < 4, reason="needs a kernel with Landlock of the network")
+def test_memory_of_others_who_have_a_network_is_out_of_reach() -> None:
+    script = "import sys; open(f'/proc/{sys.argv[1]}/mem', 'r+b').close(); print('open')"
+    with subprocess.Popen(["/bin/cat"], stdin=subprocess.PIPE) as other:
+        assert run(sys.executable, "-I", "-S", "-c", script, "self").stdout == "open\n"
+        done = run(sys.executable, "-I", "-S", "-c", script, str(other.pid))
+        assert (done.stdout, done.returncode) == ("", 1)
+        assert "PermissionError" in done.stderr
 
 
 @pytest.mark.parametrize(

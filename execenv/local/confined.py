@@ -31,7 +31,7 @@ from execenv.local.mounts import Mounts
 from execenv.local.stat import Stat, stat_now
 from execenv.paths import PathUri
 from execenv.protocol import DirectoryEntry, FileMetadata, OpenMode, WalkOptions, WalkResult
-from execenv.sandbox.plan import MountPlan, execution
+from execenv.sandbox.plan import MountPlan, execution, is_within
 from execenv.sandbox.policy import Sandbox
 
 START_TRIES = 20
@@ -55,8 +55,10 @@ class ConfinedFileSystem(FileSystem):
         self._reads_directly = execution(sandbox) == "direct reads"
 
     async def read_file(self, path: PathUri, *, follow_symlinks: bool = True) -> bytes:
-        if self._reads_directly:
-            return await self._files.read_file(path, follow_symlinks=follow_symlinks)
+        if self._is_direct(path):
+            data = await self._files.read_unless_proc(path, follow_symlinks=follow_symlinks)
+            if data is not None:
+                return data
         reply = await self._call("read", path, follow=follow_symlinks)
         if reply.fd is None:
             return reply.body
@@ -68,7 +70,7 @@ class ConfinedFileSystem(FileSystem):
             await handle.close()
 
     async def read_small(self, path: PathUri, *, follow_symlinks: bool = True) -> bytes | None:
-        if self._reads_directly:
+        if self._is_direct(path):
             return await self._files.read_small(path, follow_symlinks=follow_symlinks)
         reply = await self._call("read", path, follow=follow_symlinks)
         if reply.fd is None:
@@ -85,7 +87,7 @@ class ConfinedFileSystem(FileSystem):
         await self._call("create_directory", path, recursive=recursive, follow=follow_symlinks)
 
     async def get_metadata(self, path: PathUri, *, follow_symlinks: bool = True) -> FileMetadata:
-        if self._reads_directly:
+        if self._is_direct(path):
             return await self._files.get_metadata(path, follow_symlinks=follow_symlinks)
         header = (await self._call("get_metadata", path, follow=follow_symlinks)).header
         with _decoding():
@@ -95,14 +97,14 @@ class ConfinedFileSystem(FileSystem):
             return metadata_of(found, is_symlink=bool(header["symlink"]))
 
     async def canonicalize(self, path: PathUri) -> PathUri:
-        if self._reads_directly:
+        if self._is_direct(path):
             return await self._files.canonicalize(path)
         reply = await self._call("canonicalize", path)
         with _decoding():
             return PathUri.from_native(reply.body)
 
     async def read_directory(self, path: PathUri) -> tuple[DirectoryEntry, ...]:
-        if self._reads_directly:
+        if self._is_direct(path):
             return await self._files.read_directory(path)
         reply = await self._call("read_directory", path)
         return directory_entries(
@@ -118,7 +120,7 @@ class ConfinedFileSystem(FileSystem):
         await self._call("copy", source, to=_text(destination), recursive=recursive)
 
     async def walk(self, path: PathUri, options: WalkOptions) -> WalkResult:
-        if self._reads_directly:
+        if self._is_direct(path):
             return await self._files.walk(path, options)
         reply = await self._call("walk", path, **walk_limits(options))
         with _decoding():
@@ -134,8 +136,10 @@ class ConfinedFileSystem(FileSystem):
     async def open(
         self, path: PathUri, mode: OpenMode = "read", *, follow_symlinks: bool = True
     ) -> FileHandle:
-        if mode == "read" and self._reads_directly:
-            return await self._files.open(path, follow_symlinks=follow_symlinks)
+        if mode == "read" and self._is_direct(path):
+            handle = await self._files.open_unless_proc(path, follow_symlinks=follow_symlinks)
+            if handle is not None:
+                return handle
         if not follow_symlinks and mode != "read":
             raise NotSupported("links are always followed where a file is written in blocks")
         reply = await self._call("open", path, mode=mode, follow=follow_symlinks)
@@ -166,13 +170,19 @@ class ConfinedFileSystem(FileSystem):
     # At once: only what is done without a helper.
 
     def read_file_nowait(self, path: PathUri) -> bytes | None:
-        return self._files.read_file_nowait(path) if self._reads_directly else None
+        return self._files.read_file_nowait(path) if self._is_direct(path) else None
 
     def get_metadata_nowait(self, path: PathUri) -> FileMetadata | None:
-        return self._files.get_metadata_nowait(path) if self._reads_directly else None
+        return self._files.get_metadata_nowait(path) if self._is_direct(path) else None
 
     def open_nowait(self, path: PathUri, mode: OpenMode) -> FileHandle | None:
-        return self._files.open_nowait(path, mode) if self._reads_directly and mode == "read" else None
+        return self._files.open_nowait(path, mode) if self._is_direct(path) and mode == "read" else None
+
+    def _is_direct(self, path: PathUri) -> bool:
+        """Whether to read there as without a sandbox: not what is about processes, so about us."""
+        if not self._reads_directly:
+            return False
+        return not is_within(os.path.normpath(native_path(path)), b"/proc")
 
     # Through a helper.
 

@@ -17,7 +17,7 @@ import sys
 from collections import deque
 from contextlib import contextmanager, suppress
 
-from execenv.local.stat import Stat, stat_path
+from execenv.local.stat import Stat, is_on_proc, stat_path
 from execenv.local.turn import Turn
 
 TYPE_CHECKING = False  # typing would take as long to import as all the rest
@@ -128,6 +128,20 @@ def open_to_read(turn: Turn, path: bytes, *, follow: bool = True) -> int:
     return turn.hand_over(fd)
 
 
+def open_unless_proc(turn: Turn, path: bytes, *, follow: bool) -> int | None:
+    """As `open_to_read`; `None` for the kernel's files about processes, which here are about this one."""
+    fd = open_to_read(Turn(), path, follow=follow)
+    try:
+        about_us = is_on_proc(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    if about_us:
+        os.close(fd)
+        return None
+    return turn.hand_over(fd)
+
+
 def open_to_write(turn: Turn, path: bytes, *, keep: bool) -> int:
     """A regular file, created if need be, and emptied unless `keep`."""
     with suppress(FileNotFoundError):
@@ -164,6 +178,17 @@ def read_at(turn: Turn, fd: int, offset: int, size: int) -> bytes:
         offset += len(part)
         size -= len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def read_unless_proc(turn: Turn, path: bytes, *, follow: bool) -> bytes | None:
+    """As `read_file`; `None` as in `open_unless_proc`."""
+    fd = open_unless_proc(Turn(), path, follow=follow)
+    if fd is None:
+        return None
+    try:
+        return read_at(turn, fd, 0, sys.maxsize)
+    finally:
+        os.close(fd)
 
 
 def write_at(turn: Turn, fd: int, offset: int, data: bytes) -> None:

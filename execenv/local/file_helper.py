@@ -25,7 +25,7 @@ from _json import encode_basestring_ascii
 from contextlib import contextmanager, suppress
 
 from execenv.local import disk
-from execenv.local.stat import libc
+from execenv.local.stat import is_on_proc, libc, magic_of
 from execenv.local.turn import Turn
 from execenv.sandbox import landlock
 
@@ -43,7 +43,6 @@ SMALL = 1024 * 1024
 """Files up to this size are answered with their content, larger ones with a descriptor."""
 
 _MAX_LINKS = 40  # linux/namei.h
-_PROC_MAGIC = 0x9FA0  # linux/magic.h
 _CASE_COUNTS = frozenset((0x01021994, 0x794C7630, 0x6969, 0x2FC12FC1))
 """Of tmpfs, overlay, NFS and ZFS, which may not say whether they fold case, and usually don't."""
 
@@ -217,25 +216,14 @@ def folds_case(directory: int) -> bool:
     try:
         if not library.ioctl(fd, ctypes.c_ulong(_GET_FLAGS), ctypes.byref(flags)):
             return bool(flags.value & _CASEFOLD)
-        return _magic(fd, b".") not in _CASE_COUNTS
+        return magic_of(fd) not in _CASE_COUNTS
     finally:
         os.close(fd)
 
 
-def _magic(fd: int, path: bytes) -> int:
-    """The kind of a file system, as statfs(2) has it."""
-    library = libc()
-    assert library is not None
-    buffer = (ctypes.c_long * 32)()
-    if library.fstatfs(fd, buffer):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), path)
-    return buffer[0]
-
-
 def _refuse_process_memory(fd: int, path: bytes, *, writing: bool) -> None:
     """Files of /proc are about this very process: who could write its memory could make it do anything."""
-    if _magic(fd, path) != _PROC_MAGIC or stat.S_ISDIR(os.fstat(fd).st_mode):
+    if not is_on_proc(fd) or stat.S_ISDIR(os.fstat(fd).st_mode):
         return
     try:
         name = os.path.basename(os.readlink(b"/proc/self/fd/%d" % fd))

@@ -252,6 +252,30 @@ class LocalFileSystem(FileSystem):
         except OSError as error:
             raise named_error(error, path) from None
 
+    # For sandboxes that leave reading alone.
+
+    async def read_unless_proc(self, path: PathUri, *, follow_symlinks: bool = True) -> bytes | None:
+        """As `read_file`; `None` for the kernel's files about processes, which here are about us."""
+        data = self.read_file_nowait(path) if follow_symlinks else None
+        if data is None:
+            return await self._run(disk.read_unless_proc, path, follow=follow_symlinks)
+        await trio.lowlevel.checkpoint()
+        return data
+
+    async def open_unless_proc(
+        self, path: PathUri, *, follow_symlinks: bool = True
+    ) -> LocalFileHandle | None:
+        """As `open`, for reading; `None` as in `read_unless_proc`."""
+        await trio.lowlevel.checkpoint_if_cancelled()  # not behind it: the handle would be lost
+        handle = self.open_nowait(path, "read") if follow_symlinks else None
+        if handle is not None:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return handle
+        fd = await self._run(disk.open_unless_proc, path, follow=follow_symlinks)
+        if fd is None:
+            return None
+        return LocalFileHandle(fd, path, self._mounts.limiter(native_path(path)), quick=False)
+
     # At once.
 
     def get_metadata_nowait(self, path: PathUri) -> FileMetadata | None:
@@ -302,7 +326,7 @@ class LocalFileSystem(FileSystem):
         except OSError as error:
             raise named_error(error, path) from None
 
-    def open_nowait(self, path: PathUri, mode: OpenMode) -> FileHandle | None:
+    def open_nowait(self, path: PathUri, mode: OpenMode) -> LocalFileHandle | None:
         native = native_path(path)
         try:
             if mode == "read":
@@ -334,9 +358,11 @@ class LocalFileSystem(FileSystem):
     def _open_same(self, native: bytes, flags: int, found: Stat) -> int | None:
         """Open the regular file that was found there; `None` if it is another by now."""
         fd = self._mounts.open_now(native, flags)
-        if fd is not None and os.fstat(fd).st_ino != found.inode:
-            os.close(fd)
-            return None
+        if fd is not None:
+            same = os.fstat(fd)
+            if (same.st_dev, same.st_ino) != (found.device, found.inode):
+                os.close(fd)
+                return None
         return fd
 
     def _open_to_write(self, native: bytes, *, refuse_directory: bool = False) -> int | None:

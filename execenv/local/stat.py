@@ -19,6 +19,7 @@ _STATX_BTIME = 0x800
 _STATX_MNT_ID = 0x1000
 _ATTR_MOUNT_ROOT = 0x2000
 _STATX_SIZE = 256
+_PROC_MAGIC = 0x9FA0  # linux/magic.h
 _STATX = struct.Struct("=I24xHxxQQ32xqI20xqI12xIIQ")
 """Mask, mode, inode, size, time of creation, time of the last change, device, mount (struct statx of
 statx(2))."""
@@ -110,6 +111,29 @@ def is_mount_root(fd: int) -> bool | None:
         return None
     attributes, _, known = struct.unpack_from("=8xQ40sQ", buffer)
     return bool(attributes & _ATTR_MOUNT_ROOT) if known & _ATTR_MOUNT_ROOT else None
+
+
+def is_on_proc(fd: int) -> bool:
+    """Whether an open file is one of the kernel's about processes.
+
+    Raises:
+        OSError: the kernel does not say.
+    """
+    return sys.platform == "linux" and magic_of(fd) == _PROC_MAGIC
+
+
+def magic_of(fd: int) -> int:
+    """The kind of file system that an open file is on, as statfs(2) has it.
+
+    Raises:
+        OSError: the kernel does not say.
+    """
+    library = libc()
+    buffer = (ctypes.c_long * 32)()
+    if library is None or library.fstatfs(fd, buffer):
+        number = ctypes.get_errno() or errno.ENOSYS
+        raise OSError(number, os.strerror(number))
+    return buffer[0]
 
 
 def _statx(fd: int, path: bytes, flags: int) -> Stat | None:
