@@ -511,29 +511,25 @@ class Helpers:
             raise InternalError(f"cannot enforce the sandbox: {os_error_text(error)}") from error
         boot = _BOOT.format(bundle=self._bundle, size=len(compiled_helper()), channel=theirs[0])
         try:
-            with trio.fail_after(START_PATIENCE):
-                launched = await self._launcher.launch(
-                    bubblewrap,
-                    mounted_for_files(plan),
-                    [interpreter(), "-I", "-S", "-c", boot],
-                    env=helper_environment(self._ours),
-                    cwd=b"/",
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=theirs[1],
-                    seccomp=compile_filter(network=False),
-                    pass_fds=(theirs[0], self._bundle),
-                    frame=runtime_mounts(),
-                    prefix=VIEW,
-                    as_pid_1=True,
-                    options=("--cap-add", "CAP_SYS_CHROOT"),
-                    said=lambda: read_tail(stderr),
-                )
+            launched = await self._launcher.launch(
+                bubblewrap,
+                mounted_for_files(plan),
+                [interpreter(), "-I", "-S", "-c", boot],
+                env=helper_environment(self._ours),
+                cwd=b"/",
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=theirs[1],
+                seccomp=compile_filter(network=False),
+                pass_fds=(theirs[0], self._bundle),
+                frame=runtime_mounts(),
+                prefix=VIEW,
+                as_pid_1=True,
+                options=("--cap-add", "CAP_SYS_CHROOT"),
+                said=lambda: read_tail(stderr),
+            )
         except BaseException as error:
             _close_all(fds)
-            if isinstance(error, trio.TooSlowError):
-                words = f"cannot enforce the sandbox: it took more than {START_PATIENCE:g} s to set up"
-                raise InternalError(words) from None
             if isinstance(error, InternalError):
                 raise HelperNotStarted(error.message) from error
             raise

@@ -42,6 +42,8 @@ from execenv.sandbox.plan import Bind, Mask, MountPlan, arguments, count_data_fd
 MAX_WORDS = 8_900
 """Options and arguments together: bubblewrap takes 9,000."""
 
+SETUP_PATIENCE = 20.0
+"""Seconds that bubblewrap may take until everything is mounted."""
 END_PATIENCE = 5.0
 NOT_EXECUTED = 127
 """The status of a program that could not be executed inside, as shells have it."""
@@ -224,7 +226,10 @@ class Launcher:
         pidfd = None
         try:
             pidfd = os.pidfd_open(child.pid)
-            await trio.lowlevel.wait_readable(gate)
+            with trio.move_on_after(SETUP_PATIENCE) as patience:
+                await trio.lowlevel.wait_readable(gate)
+            if patience.cancelled_caught:
+                raise _failed(f"it took more than {SETUP_PATIENCE:g} s to set up")
             status = _read_status(status_fd)
             child_pid = _child_pid(status)
             if not _passed(gate) or child_pid is None:
@@ -339,8 +344,9 @@ async def _end(child: subprocess.Popen[bytes], pidfd: int | None, root: Root, kn
     if pidfd is not None:
         with trio.move_on_after(END_PATIENCE):
             await trio.lowlevel.wait_readable(pidfd)
-    while child.poll() is None:  # noqa: ASYNC110 - the kernel is a moment behind it
-        await trio.sleep(0.01)
+    with trio.move_on_after(END_PATIENCE):  # what hangs in the kernel is reaped as an orphan, if ever
+        while child.poll() is None:  # noqa: ASYNC110 - the kernel is a moment behind it
+            await trio.sleep(0.01)
 
 
 def _look_at_view(child_pid: int, plan: MountPlan, prefix: bytes) -> bytes | None:
