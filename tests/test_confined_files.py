@@ -18,7 +18,9 @@ from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 
+from execenv.abc import FileSystem
 from execenv.errors import InternalError, NotSupported
 from execenv.local import Guard, LocalEnvironment, file_helper, helpers, open_guard, open_local
 from execenv.local.confined import ConfinedFileSystem
@@ -688,6 +690,53 @@ async def test_helper_that_is_killed_at_work_fails_the_call(
         with pytest.raises(InternalError, match=r"^fs sandbox helper failed with status exit status: 137$"):
             await files.write_file(at(top / "w" / "fifo"), b"nobody reads this")
     assert not is_alive(pid)
+
+
+async def test_call_at_work_is_ended_with_the_environment(top: Path) -> None:
+    before = set(os.listdir("/proc/self/fd")), len(descendants())
+    errors: list[InternalError] = []
+
+    async def write(files: FileSystem) -> None:
+        with pytest.raises(InternalError, match=r"^the environment is closed$") as caught:
+            await files.write_file(at(top / "w" / "fifo"), b"nobody reads this")
+        errors.append(caught.value)
+
+    async with trio.open_nursery() as nursery:
+        async with open_guard() as guard, open_local(guard) as local:
+            files = confined(local, top, *WS)
+            await files.write_file(at(top / "w" / "n"), b"x")
+            nursery.start_soon(write, files)
+            while guard.helpers.pids:  # noqa: ASYNC110 - until it is at work
+                await trio.sleep(0.005)
+        assert (set(os.listdir("/proc/self/fd")), len(descendants())) == before
+        nursery.start_soon(write, files)
+    assert len(errors) == 2
+
+
+async def test_helpers_at_work_are_bounded_over_all_plans(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(helpers, "AT_WORK", 2)
+    done: list[int] = []
+
+    async def call(files: FileSystem) -> None:
+        await files.write_file(at(top / "w" / "n"), b"x")
+        done.append(len(done))
+
+    async with open_guard() as guard, open_local(guard) as local, trio.open_nursery() as nursery:
+        plans = [confined(local, top, *WS, (f"out/{number}", "deny")) for number in range(3)]
+        for number, files in enumerate(plans):
+            (top / "out" / f"{number}").mkdir()
+            await files.write_file(at(top / "w" / "n"), b"x")
+        async with trio.open_nursery() as stuck:
+            for files in plans[:2]:
+                stuck.start_soon(files.write_file, at(top / "w" / "fifo"), b"nobody reads this")
+            while len(guard.helpers.pids) > 1:  # noqa: ASYNC110 - until they are at work
+                await trio.sleep(0.005)
+            nursery.start_soon(call, plans[2])
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert not done
+            stuck.cancel_scope.cancel()
+        while not done:  # noqa: ASYNC110
+            await trio.sleep(0.005)
 
 
 async def test_helper_that_fails_says_why(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import AsyncIterator
@@ -17,7 +18,7 @@ from attrs import evolve
 
 from execenv import PathUri, ProcessNotStarted, SandboxProfile, open_environment
 from execenv.errors import InternalError, NotSupported
-from execenv.local import confinement, open_guard
+from execenv.local import confinement, launch, open_guard
 from execenv.local.mount_points import registry_directory
 from execenv.local.output_log import OutputLog
 from execenv.local.spawn import open_pipes
@@ -190,6 +191,29 @@ async def test_a_directory_that_becomes_a_link_under_bubblewraps_hands_is_notice
     with pytest.raises(InternalError, match="cannot enforce the sandbox: "):
         await try_to_launch(plan, ["touch", f"{real}/made"])
     assert os.listdir(outside) == []
+
+
+@requires_bubblewrap
+async def test_a_bubblewrap_that_hangs_while_it_sets_up_is_given_up(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "bin" / "bwrap"
+    fake.parent.mkdir()
+    hangs = 'case "$1" in --args) sleep 1000;; esac'
+    fake.write_text(f'#!/bin/sh\n{hangs}\nexec {shutil.which("bwrap")} "$@"\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(launch, "SETUP_PATIENCE", 0.2)
+    async with open_environment("local") as environment:
+        await environment.run(["true"])
+        before = children(), descriptors()
+        with pytest.raises(ProcessNotStarted, match=r"it took more than 0\.2 s to set up"):
+            await environment.run(["true"], sandbox=WRITE, cwd=workspace)
+        with pytest.raises(InternalError, match=r"it took more than 0\.2 s to set up"):
+            confined = await environment.sandboxed(SandboxProfile.read_only())
+            await confined.path(str(workspace / "new")).write_bytes(b"")
+        while (children(), descriptors()) != before:  # noqa: ASYNC110 - what was just ended is being reaped
+            await trio.sleep(0.01)
 
 
 @requires_bubblewrap

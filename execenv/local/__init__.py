@@ -170,6 +170,7 @@ async def open_local(
                 yield environment
             finally:
                 environment.status.end()
+                processes.closed = True
                 nursery.cancel_scope.cancel()
     finally:
         if processes is not None:

@@ -42,6 +42,9 @@ HELPERS_PER_PLAN = 4
 PLANS = 8
 """So many plans have helpers at a time; more while all of them are in use."""
 
+AT_WORK = 64
+"""So many are at work at a time, whatever the plans; other calls wait."""
+
 IDLE_SECONDS = 60.0
 MAX_REQUESTS = 10_000
 ATTEMPTS = HELPERS_PER_PLAN + 2
@@ -405,6 +408,9 @@ class Helpers:
         self._pools: OrderedDict[MountPlan, _Pool] = OrderedDict()
         self._bundle: int | None = None
         self._watching = False
+        self._places = trio.CapacityLimiter(AT_WORK)
+        self._calls: set[trio.CancelScope] = set()
+        self._call_ended = trio.lowlevel.ParkingLot()
         self.closed = False
 
     async def call(self, plan: MountPlan, header: dict[str, Any], body: bytes = b"") -> Reply:
@@ -413,14 +419,25 @@ class Helpers:
         A helper whose call is cancelled is killed; what it was at may be done, or a part of it.
 
         Raises:
-            InternalError: there is no helper, or it failed.
+            InternalError: there is no helper, or it failed, or all of them were ended meanwhile.
         """
+        if not self.closed:
+            with trio.CancelScope() as scope:
+                self._calls.add(scope)
+                try:
+                    return await self._call(plan, header, body)
+                finally:
+                    self._calls.discard(scope)
+                    self._call_ended.unpark_all()
+        raise InternalError("the environment is closed")
+
+    async def _call(self, plan: MountPlan, header: dict[str, Any], body: bytes) -> Reply:
         pool = self._pools.get(plan)
         if pool is None:
             pool = self._pools[plan] = _Pool()
         self._pools.move_to_end(plan)
         try:
-            async with pool.places:
+            async with pool.places, self._places:
                 for _ in range(ATTEMPTS):
                     helper = self._idle_one(pool) or await self._start(plan)
                     try:
@@ -499,8 +516,6 @@ class Helpers:
         self._nursery.start_soon(helper.end, self._known)  # shielded: it is done however we end
 
     async def _start(self, plan: MountPlan) -> Helper:
-        if self.closed:
-            raise InternalError("the environment is closed")
         bubblewrap = await self._bubblewraps.find(plan.writable_roots)
         fds: list[int] = []
         theirs: list[int] = []
@@ -520,29 +535,25 @@ class Helpers:
             raise InternalError(f"cannot enforce the sandbox: {os_error_text(error)}") from error
         boot = _BOOT.format(bundle=self._bundle, size=len(compiled_helper()), channel=theirs[0])
         try:
-            with trio.fail_after(START_PATIENCE):
-                launched = await self._launcher.launch(
-                    bubblewrap,
-                    mounted_for_files(plan),
-                    [interpreter(), "-I", "-S", "-c", boot],
-                    env=helper_environment(self._ours),
-                    cwd=b"/",
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=theirs[1],
-                    seccomp=compile_filter(network=False),
-                    pass_fds=(theirs[0], self._bundle),
-                    frame=runtime_mounts(),
-                    prefix=VIEW,
-                    as_pid_1=True,
-                    options=("--cap-add", "CAP_SYS_CHROOT"),
-                    said=lambda: read_tail(stderr),
-                )
+            launched = await self._launcher.launch(
+                bubblewrap,
+                mounted_for_files(plan),
+                [interpreter(), "-I", "-S", "-c", boot],
+                env=helper_environment(self._ours),
+                cwd=b"/",
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=theirs[1],
+                seccomp=compile_filter(network=False),
+                pass_fds=(theirs[0], self._bundle),
+                frame=runtime_mounts(),
+                prefix=VIEW,
+                as_pid_1=True,
+                options=("--cap-add", "CAP_SYS_CHROOT"),
+                said=lambda: read_tail(stderr),
+            )
         except BaseException as error:
             _close_all(fds)
-            if isinstance(error, trio.TooSlowError):
-                words = f"cannot enforce the sandbox: it took more than {START_PATIENCE:g} s to set up"
-                raise InternalError(words) from None
             if isinstance(error, InternalError):
                 raise HelperNotStarted(error.message) from error
             raise
@@ -561,8 +572,13 @@ class Helpers:
         return helper
 
     async def aclose(self) -> None:
-        """End all of them."""
+        """End all of them, those that are at work too."""
         self.closed = True
+        with trio.CancelScope(shield=True):
+            for scope in self._calls:
+                scope.cancel()
+            while self._calls:
+                await self._call_ended.park()
         helpers = [helper for pool in self._pools.values() for helper in pool.idle]
         self._pools.clear()
         with trio.CancelScope(shield=True):

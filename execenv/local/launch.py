@@ -48,6 +48,8 @@ CLOCK_TICK = 0.05
 """Seconds that the time of a file may be behind the clock: the kernel's coarse one goes in steps."""
 
 STRAY_LOOKS = 30
+SETUP_PATIENCE = 20.0
+"""Seconds that bubblewrap may take until everything is mounted."""
 END_PATIENCE = 5.0
 NOT_EXECUTED = 127
 """The status of a program that could not be executed inside, as shells have it."""
@@ -231,7 +233,10 @@ class Launcher:
         pidfd = None
         try:
             pidfd = os.pidfd_open(child.pid)
-            await trio.lowlevel.wait_readable(gate)
+            with trio.move_on_after(SETUP_PATIENCE) as patience:
+                await trio.lowlevel.wait_readable(gate)
+            if patience.cancelled_caught:
+                raise _failed(f"it took more than {SETUP_PATIENCE:g} s to set up")
             status = _read_status(status_fd)
             child_pid = _child_pid(status)
             if not _passed(gate) or child_pid is None:
@@ -347,8 +352,9 @@ async def _end(child: subprocess.Popen[bytes], pidfd: int | None, root: Root, kn
     if pidfd is not None:
         with trio.move_on_after(END_PATIENCE):
             await trio.lowlevel.wait_readable(pidfd)
-    while child.poll() is None:  # noqa: ASYNC110 - the kernel is a moment behind it
-        await trio.sleep(0.01)
+    with trio.move_on_after(END_PATIENCE):  # what hangs in the kernel is reaped as an orphan, if ever
+        while child.poll() is None:  # noqa: ASYNC110 - the kernel is a moment behind it
+            await trio.sleep(0.01)
 
 
 def _look_at_view(child_pid: int, plan: MountPlan, prefix: bytes) -> bytes | None:
