@@ -32,6 +32,7 @@ from execenv.errors import InternalError, os_error_text
 from execenv.local.bubblewrap import Bubblewraps
 from execenv.local.file_helper import FRAME, path_to_text
 from execenv.local.launch import Launched, Launcher
+from execenv.local.spawn import close_all
 from execenv.local.tree import signal_tree
 from execenv.sandbox.plan import Link, Mask, MountPlan
 from execenv.sandbox.seccomp import compile_filter
@@ -509,7 +510,7 @@ class Helpers:
             os.set_blocking(fds[0], False)
             os.set_blocking(stderr, False)
         except OSError as error:
-            _close_all([*fds, *theirs])
+            close_all([*fds, *theirs])
             raise InternalError(f"cannot enforce the sandbox: {os_error_text(error)}") from error
         boot = _BOOT.format(bundle=self._bundle, size=len(compiled_helper()), channel=theirs[0])
         try:
@@ -532,7 +533,7 @@ class Helpers:
                     said=lambda: read_tail(stderr),
                 )
         except BaseException as error:
-            _close_all(fds)
+            close_all(fds)
             if isinstance(error, trio.TooSlowError):
                 words = f"cannot enforce the sandbox: it took more than {START_PATIENCE:g} s to set up"
                 raise InternalError(words) from None
@@ -540,7 +541,7 @@ class Helpers:
                 raise HelperNotStarted(error.message) from error
             raise
         finally:
-            _close_all(theirs)
+            close_all(theirs)
         helper = Helper(launched, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fds[0]), stderr)
         try:
             with trio.fail_after(START_PATIENCE):
@@ -584,9 +585,3 @@ async def open_helpers(
         finally:
             nursery.cancel_scope.cancel()
             await helpers.aclose()
-
-
-def _close_all(fds: list[int]) -> None:
-    for fd in fds:
-        with suppress(OSError):
-            os.close(fd)
