@@ -79,9 +79,8 @@ SYSTEM_LIBRARIES = (
     b"/nix/store",
     b"/gnu/store",
 )
-KEPT_VARIABLES = frozenset(
-    ("PATH", "TMPDIR", "TMP", "TEMP") + (("__CF_USER_TEXT_ENCODING",) if sys.platform == "darwin" else ())
-)
+KEPT_VARIABLES = frozenset({"PATH", "TMPDIR", "TMP", "TEMP"})
+KEPT_BY_SYSTEM = {"darwin": frozenset({"__CF_USER_TEXT_ENCODING"})}
 
 _BOOT = """
 import marshal, os, sys
@@ -104,7 +103,8 @@ sys.modules[name].main({channel})
 
 def helper_environment(ours: Mapping[str, str]) -> dict[str, str]:
     """The variables of a helper: nothing that may be a secret (sandbox.md §4.4)."""
-    return {name: value for name, value in ours.items() if name in KEPT_VARIABLES}
+    kept = KEPT_VARIABLES | KEPT_BY_SYSTEM.get(sys.platform, frozenset())
+    return {name: value for name, value in ours.items() if name in kept}
 
 
 @cache
