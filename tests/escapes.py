@@ -394,7 +394,7 @@ ESCAPES: tuple[Escape, ...] = (
     ),
     # terminals
     Escape(
-        "/dev/tty of the server",
+        "input for the terminal of the server: /dev/tty, TIOCSTI",
         "a session without a terminal, or with one of its own",
         """
         def push():

@@ -32,6 +32,7 @@ from execenv.errors import InternalError, os_error_text
 from execenv.local.bubblewrap import Bubblewraps
 from execenv.local.file_helper import FRAME, path_to_text
 from execenv.local.launch import Launched, Launcher
+from execenv.local.spawn import close_all
 from execenv.local.tree import signal_tree
 from execenv.sandbox.plan import Link, Mask, MountPlan, with_parents
 from execenv.sandbox.seccomp import compile_filter
@@ -81,9 +82,8 @@ SYSTEM_LIBRARIES = (
     b"/nix/store",
     b"/gnu/store",
 )
-KEPT_VARIABLES = frozenset(
-    ("PATH", "TMPDIR", "TMP", "TEMP") + (("__CF_USER_TEXT_ENCODING",) if sys.platform == "darwin" else ())
-)
+KEPT_VARIABLES = frozenset({"PATH", "TMPDIR", "TMP", "TEMP"})
+KEPT_BY_SYSTEM = {"darwin": frozenset({"__CF_USER_TEXT_ENCODING"})}
 
 _BOOT = """
 import marshal, os, sys
@@ -106,7 +106,8 @@ sys.modules[name].main({channel})
 
 def helper_environment(ours: Mapping[str, str]) -> dict[str, str]:
     """The variables of a helper: nothing that may be a secret (sandbox.md §4.4)."""
-    return {name: value for name, value in ours.items() if name in KEPT_VARIABLES}
+    kept = KEPT_VARIABLES | KEPT_BY_SYSTEM.get(sys.platform, frozenset())
+    return {name: value for name, value in ours.items() if name in kept}
 
 
 @cache
@@ -531,7 +532,7 @@ class Helpers:
             os.set_blocking(fds[0], False)
             os.set_blocking(stderr, False)
         except OSError as error:
-            _close_all([*fds, *theirs])
+            close_all([*fds, *theirs])
             raise InternalError(f"cannot enforce the sandbox: {os_error_text(error)}") from error
         boot = _BOOT.format(bundle=self._bundle, size=len(compiled_helper()), channel=theirs[0])
         try:
@@ -553,12 +554,12 @@ class Helpers:
                 said=lambda: read_tail(stderr),
             )
         except BaseException as error:
-            _close_all(fds)
+            close_all(fds)
             if isinstance(error, InternalError):
                 raise HelperNotStarted(error.message) from error
             raise
         finally:
-            _close_all(theirs)
+            close_all(theirs)
         helper = Helper(launched, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fds[0]), stderr)
         try:
             with trio.fail_after(START_PATIENCE):
@@ -607,9 +608,3 @@ async def open_helpers(
         finally:
             nursery.cancel_scope.cancel()
             await helpers.aclose()
-
-
-def _close_all(fds: list[int]) -> None:
-    for fd in fds:
-        with suppress(OSError):
-            os.close(fd)
