@@ -257,7 +257,9 @@ class Environment:
         stdout = bytes(output.stdout) if wanted else None
         stderr = bytes(output.stderr) if wanted else None
         if check and returncode:
-            failed = ProcessFailed(process.argv, self.name, returncode, stdout, stderr, process.receipt)
+            failed = ProcessFailed(
+                process.argv, self.name, returncode, stdout, stderr, process.receipt, process.sandbox_denied
+            )
             failed.captured_output = output  # type: ignore[attr-defined]
             raise failed
         return CompletedProcess(

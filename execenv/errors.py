@@ -334,6 +334,8 @@ class ProcessFailed(ExecenvError):
         returncode: 0-255; death by signal n is 128 + n.
         stdout, stderr: what was captured, `None` where nothing was to be captured.
         receipt: what had to be stopped when the process ended (descendants that it left behind).
+        sandbox_denied: by what it said its sandbox was the reason: a guess. `None` where the environment does
+            not say.
     """
 
     outcome = "done"
@@ -346,14 +348,17 @@ class ProcessFailed(ExecenvError):
         stdout: bytes | None,
         stderr: bytes | None,
         receipt: KillReceipt | None = None,
+        sandbox_denied: bool | None = False,
     ) -> None:
-        super().__init__(f"{argv[0]!r} in {environment} ended with status {returncode}")
+        hint = " (its sandbox may be why)" if sandbox_denied else ""
+        super().__init__(f"{argv[0]!r} in {environment} ended with status {returncode}{hint}")
         self.argv = argv
         self.environment = environment
         self.returncode = returncode
         self.stdout = stdout
         self.stderr = stderr
         self.receipt = receipt
+        self.sandbox_denied = sandbox_denied
 
     def __str__(self) -> str:
         text = str(self.args[0])

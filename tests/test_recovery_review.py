@@ -965,3 +965,12 @@ async def test_lost_answer_of_a_server_that_has_confirmed_a_sandbox_is_not_misse
         await env.start_detached("two", ["x"], sandbox=READ_ONLY)
         await wait_all_tasks_blocked()
         assert network.process().signals == []
+
+
+async def test_what_one_server_has_confirmed_is_not_believed_of_the_next(autojump_clock: MockClock) -> None:
+    async with open_network() as (network, env):
+        await env.start_detached("one", ["x"], sandbox=READ_ONLY)
+        await network.restart()
+        network.drop_once(b"linuxSeccomp", BEFORE, from_server=True)
+        with pytest.raises(ConnectionLost, match="whether its sandbox is enforced"):
+            await env.start_detached("two", ["x"], sandbox=READ_ONLY)

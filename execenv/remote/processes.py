@@ -428,7 +428,7 @@ class RemoteProcesses(Processes):
         self._endings: dict[str, trio.Event] = {}
         # More than one of an id where several tasks attach to it: each reads at its own pace.
         self._by_id: dict[str, list[RemoteProcess]] = {}
-        self._enforces = False  # a sandbox, as an answer has said once
+        self._enforcing: Session | None = None  # its server enforces sandboxes, as an answer has said once
 
     async def start(
         self, params: ProcessStartParams, sink: Sink | None = None, *, input_size: int | None = None
@@ -505,7 +505,7 @@ class RemoteProcesses(Processes):
                         raise NotSupported(
                             f"{self._environment.name} ignored the sandbox, and was told to end the process"
                         )
-                    self._enforces = True
+                    self._enforcing = session
                 return
             except ConnectionLost as error:
                 tries.note(error)
@@ -515,7 +515,7 @@ class RemoteProcesses(Processes):
                 raise
             except InvalidRequest as error:
                 if tries.sent and error.message.endswith("already exists"):
-                    if params.sandbox is None or self._enforces:
+                    if params.sandbox is None or self._enforcing is session:
                         return
                     self.end_later(session, ProcessTerminateParams(params.process_id))
                     text = "the answer to a start was lost, and so whether its sandbox is enforced"

@@ -18,6 +18,7 @@ from execenv import (
     Environment,
     NotSupported,
     PathUri,
+    ProcessFailed,
     ProcessNotStarted,
     SandboxProfile,
     UsageError,
@@ -28,6 +29,7 @@ from tests.fakes import Watched, python, requires_bubblewrap
 
 pytestmark = requires_bubblewrap
 
+READ = SandboxProfile.read_only()
 WRITE = SandboxProfile.workspace_write(temporary=False)
 ONLINE = SandboxProfile.workspace_write(network="enabled", temporary=False)
 
@@ -78,6 +80,19 @@ async def test_success_and_failures_of_its_own_are_not_denials(
     assert (done.returncode, done.sandbox_denied) == (3, False)
     done = await environment.run(["sh", "-c", "echo permission denied; exit 3"], check=False)
     assert (done.returncode, done.sandbox_denied) == (3, False)
+
+
+async def test_failure_that_is_an_error_says_what_its_reason_may_be(
+    environment: Environment, workspace: Path
+) -> None:
+    with pytest.raises(ProcessFailed, match=r"status \d+ \(its sandbox may be why\): .*Read-only") as caught:
+        await environment.run(
+            ["sh", "-c", "echo x > file"], sandbox=SandboxProfile.read_only(), cwd=workspace
+        )
+    assert caught.value.sandbox_denied
+    with pytest.raises(ProcessFailed, match=r"status 3$") as caught:
+        await environment.run(["sh", "-c", "exit 3"], sandbox=WRITE, cwd=workspace)
+    assert caught.value.sandbox_denied is False
 
 
 @pytest.mark.parametrize("name", [".git", ".agents", ".codex", ".aws"])
