@@ -542,10 +542,10 @@ async def test_a_thousand_calls_leave_everything_as_it_was(
 
     await calls()
     counts = len(os.listdir("/proc/self/fd")), len(descendants()), len(os.listdir(top.parent))
-    pids = sorted(guard.helpers.pids)
+    pids = sorted(guard.confinement.helpers.pids)
     await calls()
     assert (len(os.listdir("/proc/self/fd")), len(descendants()), len(os.listdir(top.parent))) == counts
-    assert sorted(guard.helpers.pids) == pids
+    assert sorted(guard.confinement.helpers.pids) == pids
     assert len(pids) == 2
     assert guard.known >= set(pids)
 
@@ -553,7 +553,7 @@ async def test_a_thousand_calls_leave_everything_as_it_was(
 async def test_nothing_is_left_when_a_server_ends(top: Path) -> None:
     async with open_guard() as guard, open_local(guard) as local:
         await confined(local, top, *RR).read_file(at(top / "w" / "a.txt"))
-        pids = guard.helpers.pids
+        pids = guard.confinement.helpers.pids
         assert len(pids) == 1
     assert not any(map(is_alive, pids))
 
@@ -563,9 +563,9 @@ async def test_same_plan_shares_a_helper_and_another_does_not(
 ) -> None:
     for _ in range(3):
         await confined(local, top, *RR).read_file(at(top / "w" / "a.txt"))
-    assert len(guard.helpers.pids) == 1
+    assert len(guard.confinement.helpers.pids) == 1
     await confined(local, top, *RR, ("out", "read")).read_file(at(top / "w" / "a.txt"))
-    assert len(guard.helpers.pids) == 2
+    assert len(guard.confinement.helpers.pids) == 2
 
 
 async def test_calls_at_the_same_time_have_up_to_four_helpers(
@@ -575,7 +575,7 @@ async def test_calls_at_the_same_time_have_up_to_four_helpers(
     async with trio.open_nursery() as nursery:
         for _ in range(12):
             nursery.start_soon(files.read_file, at(top / "w" / "a.txt"))
-    assert len(guard.helpers.pids) == 4
+    assert len(guard.confinement.helpers.pids) == 4
 
 
 async def test_plans_used_least_lately_lose_their_helpers(
@@ -585,9 +585,9 @@ async def test_plans_used_least_lately_lose_their_helpers(
     used: list[int] = []
     for entries in (RR, (*RR, ("out", "read")), (*RR, ("out", "write"))):
         await confined(local, top, *entries).get_metadata(at(top / "w"))
-        used += [pid for pid in guard.helpers.pids if pid not in used]
+        used += [pid for pid in guard.confinement.helpers.pids if pid not in used]
     await ended((used[0],))
-    assert sorted(guard.helpers.pids) == sorted(used[1:])
+    assert sorted(guard.confinement.helpers.pids) == sorted(used[1:])
 
 
 async def test_idle_helper_ends(
@@ -597,9 +597,9 @@ async def test_idle_helper_ends(
     files = confined(local, top, *RR)
     for _ in range(2):
         await files.read_file(at(top / "w" / "a.txt"))
-        pids = guard.helpers.pids
+        pids = guard.confinement.helpers.pids
         await ended(pids)
-        assert guard.helpers.pids == ()
+        assert guard.confinement.helpers.pids == ()
         assert not guard.known & set(pids)
 
 
@@ -609,11 +609,11 @@ async def test_helper_is_retired_after_many_requests(
     monkeypatch.setattr(helpers, "MAX_REQUESTS", 2)
     files = confined(local, top, *RR)
     await files.read_file(at(top / "w" / "a.txt"))
-    (pid,) = guard.helpers.pids
+    (pid,) = guard.confinement.helpers.pids
     await files.read_file(at(top / "w" / "a.txt"))
     await ended((pid,))
     await files.read_file(at(top / "w" / "a.txt"))
-    assert pid not in guard.helpers.pids
+    assert pid not in guard.confinement.helpers.pids
 
 
 async def test_helper_that_died_while_idle_is_replaced(
@@ -621,11 +621,11 @@ async def test_helper_that_died_while_idle_is_replaced(
 ) -> None:
     files = confined(local, top, *RR)
     await files.read_file(at(top / "w" / "a.txt"))
-    (pid,) = guard.helpers.pids
+    (pid,) = guard.confinement.helpers.pids
     os.kill(pid, signal.SIGKILL)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # noqa: ASYNC222 - it is being killed
     assert await files.read_file(at(top / "w" / "a.txt")) == b"hi\n"
-    assert pid not in guard.helpers.pids
+    assert pid not in guard.confinement.helpers.pids
 
 
 async def test_cancelled_call_ends_its_helper_and_leaves_the_others(
@@ -655,8 +655,8 @@ async def test_start_that_is_cancelled_leaves_no_process(
         with trio.move_on_after(delay / 2000) as scope:
             await confined(local, top, *entries).read_file(at(top / "w" / "a.txt"))
         if not scope.cancelled_caught:
-            pids = guard.helpers.pids
-            guard.helpers.end_idle()
+            pids = guard.confinement.helpers.pids
+            guard.confinement.helpers.end_idle()
             await ended(pids)
             await confined(local, top, *RR).read_file(at(top / "w" / "a.txt"))
         cancelled += scope.cancelled_caught
@@ -678,10 +678,10 @@ async def test_helper_that_is_killed_at_work_fails_the_call(
 ) -> None:
     files = confined(local, top, *WS)
     await files.write_file(at(top / "w" / "n"), b"x")
-    (pid,) = guard.helpers.pids
+    (pid,) = guard.confinement.helpers.pids
 
     async def kill() -> None:
-        while guard.helpers.pids:  # noqa: ASYNC110 - until it is at work
+        while guard.confinement.helpers.pids:  # noqa: ASYNC110 - until it is at work
             await trio.sleep(0.005)
         os.kill(pid, signal.SIGKILL)
 
@@ -706,7 +706,7 @@ async def test_call_at_work_is_ended_with_the_environment(top: Path) -> None:
             files = confined(local, top, *WS)
             await files.write_file(at(top / "w" / "n"), b"x")
             nursery.start_soon(write, files)
-            while guard.helpers.pids:  # noqa: ASYNC110 - until it is at work
+            while guard.confinement.helpers.pids:  # noqa: ASYNC110 - until it is at work
                 await trio.sleep(0.005)
         assert (set(os.listdir("/proc/self/fd")), len(descendants())) == before
         nursery.start_soon(write, files)
@@ -729,7 +729,7 @@ async def test_helpers_at_work_are_bounded_over_all_plans(top: Path, monkeypatch
         async with trio.open_nursery() as stuck:
             for files in plans[:2]:
                 stuck.start_soon(files.write_file, at(top / "w" / "fifo"), b"nobody reads this")
-            while len(guard.helpers.pids) > 1:  # noqa: ASYNC110 - until they are at work
+            while len(guard.confinement.helpers.pids) > 1:  # noqa: ASYNC110 - until they are at work
                 await trio.sleep(0.005)
             nursery.start_soon(call, plans[2])
             await trio.testing.wait_all_tasks_blocked(0.05)
@@ -747,7 +747,7 @@ async def test_helper_that_fails_says_why(
         InternalError, match=r"(?s)^fs sandbox helper failed with status exit status: 1: .*KeyError"
     ):
         await files._call("no such operation", at(top / "w"))
-    assert guard.helpers.pids == ()
+    assert guard.confinement.helpers.pids == ()
     boot = "import sys; sys.exit('no good')"
     monkeypatch.setattr(helpers, "_BOOT", boot)
     with pytest.raises(InternalError, match=r"exit status: 1: no good$"):
@@ -783,7 +783,9 @@ time.sleep(100)
     files = confined(local, top, *RR)
     with pytest.raises(InternalError, match=r"^failed to encode or decode fs sandbox helper message: "):
         await files.get_metadata(at(top / "w" / "a.txt"))
-    assert guard.helpers.pids == () or answer.endswith(b'"stat":1}')  # that was well-formed, at least
+    assert guard.confinement.helpers.pids == () or answer.endswith(
+        b'"stat":1}'
+    )  # that was well-formed, at least
 
 
 async def test_without_bubblewrap_nothing_is_done(top: Path) -> None:
@@ -792,7 +794,7 @@ async def test_without_bubblewrap_nothing_is_done(top: Path) -> None:
             raise InternalError("bubblewrap is not installed")
 
     async with open_guard() as guard, open_local(guard) as local:
-        guard.helpers._bubblewraps = cast("Any", Missing())
+        guard.confinement.helpers._bubblewraps = cast("Any", Missing())
         for entries in (WS, RO):
             files = confined(local, top, *entries)
             with pytest.raises(InternalError, match=r"^bubblewrap is not installed$"):
@@ -800,7 +802,7 @@ async def test_without_bubblewrap_nothing_is_done(top: Path) -> None:
         assert await files.read_file(at(top / "w" / "a.txt")) == b"hi\n"
         with pytest.raises(InternalError, match=r"^bubblewrap is not installed$"):
             await confined(local, top, *RR).read_file(at(top / "w" / "a.txt"))
-        assert guard.helpers.pids == ()
+        assert guard.confinement.helpers.pids == ()
 
 
 async def test_sandbox_within_a_sandbox_and_watches_are_refused(local: LocalEnvironment, top: Path) -> None:
@@ -886,7 +888,9 @@ def test_name_in_another_case_is_the_same_where_case_does_not_count(
     names.mkdir(bytes(top / "other"))
 
 
-@pytest.mark.parametrize("path", ["/proc/self/stat", f"/proc/{os.getpid()}/stat", "link"])
+@pytest.mark.parametrize(
+    "path", ["/proc/self/stat", f"/proc/{os.getpid()}/stat", "link"], ids=["self", "number", "link"]
+)
 @pytest.mark.parametrize("how", ["read", "open", "at once"])
 async def test_files_about_processes_are_those_inside(
     local: LocalEnvironment, top: Path, path: str, how: str
@@ -919,14 +923,16 @@ async def test_protected_name_whose_mount_is_taken_away_meanwhile_stays_refused(
     sandbox = decode_sandbox(profile(top, *WS, ("w/denied", "deny")))
     plan = await guard.confinement.plans.plan(sandbox)
     where = {"path": path_to_text(bytes(top / "w/a.txt")), "with": {"follow": True}}
-    assert (await guard.helpers.call(plan, {"op": "read", **where})).body == b"hi\n"
+    assert (await guard.confinement.helpers.call(plan, {"op": "read", **where})).body == b"hi\n"
     for path in made:
         path.rmdir()
     (top / "w" / "denied").unlink()
 
     async def errno_of(operation: str, path: str, **arguments: Json) -> int:
         text = path_to_text(bytes(top / "w" / path))
-        header = (await guard.helpers.call(plan, {"op": operation, "path": text, "with": arguments})).header
+        header = (
+            await guard.confinement.helpers.call(plan, {"op": operation, "path": text, "with": arguments})
+        ).header
         return int(header["error"][0])
 
     to = path_to_text(bytes(made[0]))

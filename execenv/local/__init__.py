@@ -6,21 +6,17 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import trio
 from attrs import evolve
 
 from execenv._service import open_nursery, service
 from execenv.abc import EnvironmentBackend
-from execenv.local.bubblewrap import Bubblewraps
-from execenv.local.confinement import Confinement
-from execenv.local.facts import Plans
 from execenv.local.filesystem import LocalFileSystem
-from execenv.local.helpers import Helpers, open_helpers
 from execenv.local.http import LocalHttpClient, open_http
 from execenv.local.info import local_info
-from execenv.local.launch import Launcher
-from execenv.local.mount_points import MountPoints
 from execenv.local.mounts import Mounts
 from execenv.local.output_log import RETAINED_BYTES
 from execenv.local.processes import LocalProcesses
@@ -29,6 +25,9 @@ from execenv.local.tree import Marks, mark_myself, reap_adopted, subreaper
 from execenv.local.watchdog import Watchdog, open_watchdog
 from execenv.protocol import EnvironmentConfig, EnvironmentConfigReadParams, EnvironmentInfo
 from execenv.status import Status
+
+if TYPE_CHECKING:
+    from execenv.local.confinement import Confinement
 
 __all__ = ["Guard", "LocalEnvironment", "open_guard", "open_local"]
 
@@ -42,28 +41,37 @@ class Guard:
     servers.
 
     Attributes:
+        nursery: for what runs in the background until all are closed.
         known: the children that somebody waits for.
     """
 
-    def __init__(self, marks: Marks, watchdog: Watchdog, mounts: Mounts, http: LocalHttpClient) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, marks: Marks, watchdog: Watchdog, mounts: Mounts, http: LocalHttpClient
+    ) -> None:
         self.http = http
         self.marks = marks
         self.mounts = mounts
+        self.nursery = nursery
         self.watchdog = watchdog
         self.known: set[int] = set()
-        self._mount_points = mount_points = MountPoints()
-        self.confinement = Confinement(
-            Plans(mounts, os.environ, mount_points.prepare),
-            Bubblewraps(os.environ, self.known),
-            Launcher(marks, self.known),
-            mount_points,
-        )
-        self.helpers: Helpers
 
-    def close(self) -> None:
-        """Let go of descriptors."""
-        self.confinement.bubblewraps.close()
-        self._mount_points.close()
+    @cached_property
+    def confinement(self) -> Confinement:
+        """What enforces sandboxes. Made, and imported, at its first use: few programs have any."""
+        from execenv.local.confinement import make_confinement
+
+        return make_confinement(self.nursery, self.marks, self.mounts, self.known, os.environ)
+
+    @property
+    def confines(self) -> bool:
+        """Whether `confinement` was used yet."""
+        return "confinement" in self.__dict__
+
+    async def aclose(self) -> None:
+        """End what runs in the background."""
+        self.nursery.cancel_scope.cancel()
+        if self.confines:
+            await self.confinement.aclose()
 
     async def reap_for_ever(self) -> None:
         """Reap short-lived orphans, as init would: else they were zombies until their tree ends.
@@ -73,7 +81,8 @@ class Guard:
         while True:
             await trio.sleep(REAP_INTERVAL)
             reap_adopted(self.marks.prefix, self.known)
-            self._mount_points.settle()
+            if self.confines:
+                self.confinement.mount_points.settle()
 
 
 @asynccontextmanager
@@ -89,14 +98,13 @@ async def open_guard(*, whole_program: bool = False) -> AsyncIterator[Guard]:
     with subreaper():
         async with open_watchdog(marks.prefix, sys.executable) as watchdog:
             with closing(Mounts()) as mounts:
-                async with open_http() as http:
-                    with closing(Guard(marks, watchdog, mounts, http)) as guard:
-                        made = guard.confinement
-                        async with (
-                            service(guard.reap_for_ever),
-                            open_helpers(made.launcher, made.bubblewraps, guard.known) as guard.helpers,
-                        ):
+                async with open_http() as http, open_nursery() as nursery:
+                    guard = Guard(nursery, marks, watchdog, mounts, http)
+                    try:
+                        async with service(guard.reap_for_ever):
                             yield guard
+                    finally:
+                        await guard.aclose()
 
 
 class LocalEnvironment(EnvironmentBackend):
@@ -104,12 +112,11 @@ class LocalEnvironment(EnvironmentBackend):
         self,
         processes: LocalProcesses,
         files: LocalFileSystem,
-        http: LocalHttpClient,
-        confinement: Confinement,
+        guard: Guard,
     ) -> None:
         self.name = "local"
-        self._confinement = confinement
-        self.http = http
+        self._guard = guard
+        self.http = guard.http
         self.processes = processes
         self.files = files
         self.status = Status("connected")
@@ -119,7 +126,7 @@ class LocalEnvironment(EnvironmentBackend):
     async def info(self) -> EnvironmentInfo:
         if self._info is None:
             info = local_info()
-            works = await self._confinement.works()
+            works = await self._guard.confinement.works() if self._guard.confines else None
             if works is not None:
                 confines = {"sandbox": works, "sandboxedFileStreaming": works}
                 info = evolve(info, capabilities={**info.capabilities, **confines})
@@ -157,15 +164,11 @@ async def open_local(
                 guard.marks,
                 guard.watchdog,
                 guard.known,
-                guard.confinement,
+                lambda: guard.confinement,
                 retained_bytes=retained_bytes,
             )
-            environment = LocalEnvironment(
-                processes,
-                LocalFileSystem(guard.mounts, guard.confinement.plans, guard.helpers),
-                guard.http,
-                guard.confinement,
-            )
+            files = LocalFileSystem(guard.mounts, lambda: guard.confinement)
+            environment = LocalEnvironment(processes, files, guard)
             try:
                 yield environment
             finally:

@@ -22,10 +22,12 @@ from execenv.errors import InternalError, os_error_text
 from execenv.local import spawn as spawning
 from execenv.local.bubblewrap import Bubblewrap, Bubblewraps
 from execenv.local.facts import Plans
+from execenv.local.helpers import Helpers
 from execenv.local.launch import Launched, Launcher
 from execenv.local.mount_points import Claim, MountPoints, registry_directory
+from execenv.local.mounts import Mounts
 from execenv.local.restrict import restricted
-from execenv.local.tree import Root
+from execenv.local.tree import Marks, Root
 from execenv.sandbox.plan import Bind, Mask, MountPlan, with_parents
 from execenv.sandbox.policy import Sandbox
 from execenv.sandbox.seccomp import compile_filter
@@ -56,6 +58,22 @@ except OSError as error:
 """Becomes a program under another name, on a terminal of its own. Python sets LC_CTYPE where it misses it."""
 
 
+def make_confinement(
+    nursery: trio.Nursery, marks: Marks, mounts: Mounts, known: set[int], ours: Mapping[str, str]
+) -> Confinement:
+    """What enforces sandboxes for a `Guard` with these.
+
+    Args:
+        ours: our own environment variables.
+    """
+    mount_points = MountPoints()
+    bubblewraps = Bubblewraps(ours, known)
+    launcher = Launcher(marks, known)
+    helpers = Helpers(nursery, launcher, bubblewraps, known, ours)
+    plans = Plans(mounts, ours, mount_points.prepare)
+    return Confinement(plans, bubblewraps, launcher, mount_points, helpers)
+
+
 class Confinement:
     """What enforces sandboxes on this machine, for all environments of a program."""
 
@@ -65,13 +83,21 @@ class Confinement:
         bubblewraps: Bubblewraps,
         launcher: Launcher,
         mount_points: MountPoints,
+        helpers: Helpers,
     ) -> None:
+        self.helpers = helpers
         self.plans = plans
         self.bubblewraps = bubblewraps
         self.launcher = launcher
-        self._mount_points = mount_points
+        self.mount_points = mount_points
         self._probed: trio.Event | None = None
         self._works = False
+
+    async def aclose(self) -> None:
+        """End the helpers, and let go of descriptors."""
+        await self.helpers.aclose()
+        self.bubblewraps.close()
+        self.mount_points.close()
 
     async def probe(self) -> None:
         """Find out, once and before anybody asks, whether files can be confined here; see `works`.
@@ -80,7 +106,7 @@ class Confinement:
         """
         self._probed = trio.Event()
         with suppress(OSError):  # whoever needs its directory hears of it
-            self._mount_points.sweep()
+            self.mount_points.sweep()
         try:
             await self.bubblewraps.find()
             self._works = True
@@ -185,7 +211,7 @@ class Confinement:
         deadline = trio.current_time() + CLAIM_PATIENCE
         while True:
             try:
-                return self._mount_points.claim(covered)
+                return self.mount_points.claim(covered)
             except BlockingIOError as error:
                 if trio.current_time() >= deadline:
                     directory = registry_directory()

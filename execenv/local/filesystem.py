@@ -35,12 +35,10 @@ from execenv.protocol import (
     WalkOptions,
     WalkResult,
 )
-from execenv.sandbox.plan import execution
 from execenv.sandbox.policy import Sandbox
 
 if TYPE_CHECKING:
-    from execenv.local.facts import Plans
-    from execenv.local.helpers import Helpers
+    from execenv.local.confinement import Confinement
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -67,22 +65,23 @@ class LocalFileSystem(FileSystem):
     """Files without limits, and the way to those under a sandbox.
 
     Args:
-        plans, helpers: for sandboxes; `None` where there can be none.
+        confinement: what enforces sandboxes; `None` where there can be none.
     """
 
-    def __init__(self, mounts: Mounts, plans: Plans | None = None, helpers: Helpers | None = None) -> None:
+    def __init__(self, mounts: Mounts, confinement: Callable[[], Confinement] | None = None) -> None:
         self._mounts = mounts
-        self._plans = plans
-        self._helpers = helpers
+        self._confinement = confinement
 
     def confined(self, sandbox: Sandbox) -> FileSystem:
         from execenv.local.confined import ConfinedFileSystem
+        from execenv.sandbox.plan import execution
 
         if execution(sandbox) == "direct":
             return self
-        if self._plans is None or self._helpers is None:
+        if self._confinement is None:
             return super().confined(sandbox)
-        return ConfinedFileSystem(self, sandbox, self._mounts, self._plans, self._helpers)
+        made = self._confinement()
+        return ConfinedFileSystem(self, sandbox, self._mounts, made.plans, made.helpers)
 
     async def read_file(self, path: PathUri, *, follow_symlinks: bool = True) -> bytes:
         data = self.read_file_nowait(path) if follow_symlinks else None

@@ -18,8 +18,8 @@ import socket
 import subprocess
 import sys
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from logging import getLogger
 from typing import Any
@@ -27,7 +27,6 @@ from typing import Any
 import trio
 from attrs import define, evolve, field
 
-from execenv._service import open_nursery
 from execenv.errors import InternalError, os_error_text
 from execenv.local.bubblewrap import Bubblewraps
 from execenv.local.file_helper import FRAME, path_to_text
@@ -391,7 +390,13 @@ class _Pool:
 
 
 class Helpers:
-    """All helpers of a server. Made by `open_helpers`."""
+    """All helpers of a server, none at first.
+
+    Args:
+        nursery: where idle ones are ended. `aclose` ends them all, behind it.
+        known: see `Guard`.
+        ours: the environment of which helpers get a few variables.
+    """
 
     def __init__(
         self,
@@ -589,22 +594,3 @@ class Helpers:
         if self._bundle is not None:
             os.close(self._bundle)
             self._bundle = None
-
-
-@asynccontextmanager
-async def open_helpers(
-    launcher: Launcher, bubblewraps: Bubblewraps, known: set[int], ours: Mapping[str, str] | None = None
-) -> AsyncIterator[Helpers]:
-    """Helpers, none at first. Leaving the block ends them all.
-
-    Args:
-        known: see `Guard`.
-        ours: the environment of which helpers get a few variables.
-    """
-    async with open_nursery() as nursery:
-        helpers = Helpers(nursery, launcher, bubblewraps, known, os.environ if ours is None else ours)
-        try:
-            yield helpers
-        finally:
-            nursery.cancel_scope.cancel()
-            await helpers.aclose()

@@ -16,13 +16,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from logging import getLogger
 from time import perf_counter
+from typing import TYPE_CHECKING
 
 import trio
 
 from execenv.abc import Event, KillReceipt, Process, Processes, Sink, Termination
 from execenv.errors import InternalError, InvalidParams, InvalidRequest, NotSupported, os_error_text
 from execenv.local import spawn as spawning
-from execenv.local.confinement import Confinement
 from execenv.local.environment import child_environment
 from execenv.local.output_log import RETAINED_BYTES, OutputLog
 from execenv.local.tree import (
@@ -39,6 +39,9 @@ from execenv.paths import ForeignPathError
 from execenv.protocol import ProcessReadResult, ProcessStartParams
 from execenv.sandbox.denied import looks_denied
 from execenv.sandbox.policy import Sandbox
+
+if TYPE_CHECKING:
+    from execenv.local.confinement import Confinement
 
 logger = getLogger(__name__)
 
@@ -437,7 +440,7 @@ class LocalProcesses(Processes):
         marks: Marks,
         watchdog: Watchdog,
         known: set[int],
-        confinement: Confinement,
+        confinement: Callable[[], Confinement],
         *,
         retained_bytes: int = RETAINED_BYTES,
         ours: Mapping[str, str] | None = None,
@@ -488,7 +491,7 @@ class LocalProcesses(Processes):
     ) -> tuple[spawning.Spawned, Root]:
         self._starting.add(params.process_id)  # what comes now may take a moment
         try:
-            spawned, root = await self._confinement.spawn(
+            spawned, root = await self._confinement().spawn(
                 sandbox,
                 params.argv,
                 cwd,
