@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,7 @@ from attrs import evolve
 from execenv import PathUri, ProcessNotStarted, SandboxProfile, open_environment
 from execenv.errors import InternalError, NotSupported
 from execenv.local import confinement, launch, open_guard
-from execenv.local.mount_points import registry_directory
+from execenv.local.mount_points import MountPoints, registry_directory
 from execenv.local.output_log import OutputLog
 from execenv.local.spawn import open_pipes
 from execenv.protocol import ProcessStartParams
@@ -116,6 +118,20 @@ async def test_a_program_that_holds_the_lock_of_claims_stops_nothing_else(
             monkeypatch.setattr(confinement, "CLAIM_PATIENCE", 0.05)
             with pytest.raises(ProcessNotStarted, match=r"another program has held .*/lock"):
                 await environment.run(["true"], sandbox=WRITE, cwd=workspace)
+
+
+@requires_bubblewrap
+async def test_without_room_for_claims_it_says_where(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(points: MountPoints, paths: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(MountPoints, "claim", refuse)
+    words = f"{registry_directory()}: No space left on device"
+    async with open_environment("local") as environment:
+        with pytest.raises(ProcessNotStarted, match=re.escape(words)):
+            await environment.run(["true"], sandbox=WRITE, cwd=workspace)
 
 
 def plan_of(path: Path, *, wrong: bool = False) -> MountPlan:
