@@ -23,6 +23,7 @@ import trio.testing
 from execenv.abc import FileSystem
 from execenv.errors import InternalError, NotSupported
 from execenv.local import Guard, LocalEnvironment, file_helper, helpers, open_guard, open_local
+from execenv.local import confined as confined_module
 from execenv.local.confined import ConfinedFileSystem
 from execenv.local.facts import MANY, DiskFacts, Plans, _FactsNow
 from execenv.local.file_helper import path_to_text
@@ -824,6 +825,53 @@ async def test_listings_come_through_with_every_name(local: LocalEnvironment, to
     assert await files.read_file(PathUri.from_native(odd)) == b""
     assert await files.read_directory(at(top / "w" / "sub" / "deep")) == ()
     assert (await files.walk(at(top / "w" / "sub" / "deep"), LARGEST_WALK)).entries == ()
+
+
+async def test_long_listing_is_taken_apart_in_a_thread(
+    local: LocalEnvironment, top: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+
+    def note(function: Callable[..., Json]) -> Callable[..., Json]:
+        def call(*args: Json) -> Json:
+            threads.append(threading.get_ident())
+            return function(*args)
+
+        return call
+
+    for name in ("walk_result", "directory_entries"):
+        monkeypatch.setattr(confined_module, name, note(getattr(confined_module, name)))
+    monkeypatch.setattr(confined_module, "QUICK", 100)
+    files = confined(local, top, *RR)
+    for number in range(100):
+        (top / "w" / "sub" / f"{number}").write_text("")
+    assert len(await files.read_directory(at(top / "w" / "sub"))) == 103
+    assert len((await files.walk(at(top / "w" / "sub"), LARGEST_WALK)).entries) > 100
+    assert len(threads) == 2
+    assert threading.get_ident() not in threads
+
+
+async def test_others_go_on_while_much_is_sent(
+    guard: Guard, local: LocalEnvironment, top: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = confined(local, top, *WS)
+    await files.write_file(at(top / "w" / "n"), b"x")
+    monkeypatch.setattr(helpers, "PIECE", 1)
+    (pid,) = guard.helpers.pids
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(count)
+        await files.write_file(at(top / "w" / "n"), bytes(1000))
+        nursery.cancel_scope.cancel()
+    assert turns > 1000
+    assert guard.helpers.pids == (pid,)
 
 
 async def test_large_files_go_both_ways(local: LocalEnvironment, top: Path) -> None:

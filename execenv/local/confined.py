@@ -9,9 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractAsyncContextManager, aclosing, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from execenv.abc import FileHandle, FileSystem, Watch
 from execenv.errors import InternalError, NotSupported, file_error
@@ -29,12 +29,17 @@ from execenv.local.filesystem import (
 from execenv.local.helpers import HelperNotStarted, Helpers, Reply, undecodable
 from execenv.local.mounts import Mounts
 from execenv.local.stat import Stat, stat_now
+from execenv.local.threads import run_in_thread
 from execenv.paths import PathUri
 from execenv.protocol import DirectoryEntry, FileMetadata, OpenMode, WalkOptions, WalkResult
 from execenv.sandbox.plan import MountPlan, execution, is_within
 from execenv.sandbox.policy import Sandbox
 
 START_TRIES = 20
+QUICK = 32 * 1024
+"""Longer listings are taken apart in a thread."""
+
+T = TypeVar("T")
 
 
 class ConfinedFileSystem(FileSystem):
@@ -107,9 +112,7 @@ class ConfinedFileSystem(FileSystem):
         if self._is_direct(path):
             return await self._files.read_directory(path)
         reply = await self._call("read_directory", path)
-        return directory_entries(
-            (entry[1:], entry.startswith(b"d"), entry.startswith(b"f")) for entry in _parts(reply.body)
-        )
+        return await self._decode(_decode_directory, reply)
 
     async def remove(
         self, path: PathUri, *, recursive: bool = True, force: bool = True, follow_symlinks: bool = True
@@ -123,15 +126,7 @@ class ConfinedFileSystem(FileSystem):
         if self._is_direct(path):
             return await self._files.walk(path, options)
         reply = await self._call("walk", path, **walk_limits(options))
-        with _decoding():
-            parts = _parts(reply.body)
-            count = int(reply.header["entries"])
-            errors = (part.partition(b":") for part in parts[count:])
-            return walk_result(
-                ((part[1:], part.startswith(b"d")) for part in parts[:count]),
-                ((name, int(number)) for number, _, name in errors),
-                bool(reply.header["truncated"]),
-            )
+        return await self._decode(_decode_walk, reply)
 
     async def open(
         self, path: PathUri, mode: OpenMode = "read", *, follow_symlinks: bool = True
@@ -216,6 +211,11 @@ class ConfinedFileSystem(FileSystem):
         except InternalError as error:
             raise InternalError(f"failed to prepare fs sandbox: {error.message}") from error
 
+    async def _decode(self, decode: Callable[[Reply], T], reply: Reply) -> T:
+        if len(reply.body) <= QUICK:
+            return decode(reply)
+        return await run_in_thread(self._mounts.limiter(b"/"), lambda turn: decode(reply))
+
     def _handle(self, reply: Reply, path: PathUri) -> LocalFileHandle:
         """Of a descriptor that a helper opened, which is looked at before it is used."""
         fd = reply.fd
@@ -226,6 +226,24 @@ class ConfinedFileSystem(FileSystem):
             raise file_error(errno.EINVAL, path, f"path `{path.text}` is not a file")
         quick = self._mounts.is_local_device(found.device)
         return LocalFileHandle(fd, path, self._mounts.limiter(native_path(path)), quick=quick)
+
+
+def _decode_directory(reply: Reply) -> tuple[DirectoryEntry, ...]:
+    return directory_entries(
+        (entry[1:], entry.startswith(b"d"), entry.startswith(b"f")) for entry in _parts(reply.body)
+    )
+
+
+def _decode_walk(reply: Reply) -> WalkResult:
+    with _decoding():
+        parts = _parts(reply.body)
+        count = int(reply.header["entries"])
+        errors = (part.partition(b":") for part in parts[count:])
+        return walk_result(
+            ((part[1:], part.startswith(b"d")) for part in parts[:count]),
+            ((name, int(number)) for number, _, name in errors),
+            bool(reply.header["truncated"]),
+        )
 
 
 def _text(path: PathUri) -> str:

@@ -218,7 +218,8 @@ class Confinement:
                     words = f"another program has held {directory}/lock for {CLAIM_PATIENCE:g} s"
                     raise InternalError(f"cannot enforce the sandbox: {words}") from error
             except OSError as error:
-                raise InternalError(f"cannot enforce the sandbox: {os_error_text(error)}") from error
+                words = f"{registry_directory()}: {os_error_text(error)}"
+                raise InternalError(f"cannot enforce the sandbox: {words}") from error
             await trio.sleep(0.01)
 
     def _spawn_without_network(

@@ -267,6 +267,8 @@ class Helper:
                     try:
                         left = left[self.channel.send(left[:PIECE], socket.MSG_NOSIGNAL) :]
                         sent = True
+                        if left:  # a helper that keeps up leaves no time for others
+                            await trio.lowlevel.checkpoint()
                     except BlockingIOError:
                         await trio.lowlevel.wait_writable(self.channel)
         except OSError:
