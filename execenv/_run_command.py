@@ -78,7 +78,13 @@ async def _confined(environment: Environment, job: Job) -> Environment:
             "--sandbox workspace-write needs to know the workspace there: --sandbox workspace-write:DIR, "
             "or --cwd DIR"
         )
-    return await environment.sandboxed(profile, cwd=cwd, workspace_roots=roots)
+    confined = await environment.sandboxed(profile, cwd=cwd, workspace_roots=roots)
+    for root in roots:  # one that is not there would grant nothing, without a word
+        try:
+            await confined.files.get_metadata(root)
+        except FileNotFoundError:
+            raise UsageError(f"--sandbox names {root!r}, which is not there") from None
+    return confined
 
 
 async def _run(environment: Environment, job: Job) -> int:

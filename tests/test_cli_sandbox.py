@@ -84,6 +84,15 @@ async def test_relative_directory_to_run_in_is_from_ours(
     assert (stdout, stderr, status) == (bytes(workspace) + b"\n", b"", 0)
 
 
+@requires_bubblewrap
+@pytest.mark.parametrize("root", ["missing", "~"])
+async def test_workspace_that_is_not_there_is_told(at: list[str], workspace: Path, root: str) -> None:
+    options = ("--sandbox", f"workspace-write:sub:{root}", "--cwd", str(workspace))
+    stdout, stderr, status = await execenv("run", *at, *options, "--", "true")
+    assert (stdout, status) == (b"", 125)
+    assert b"--sandbox names '%s', which is not there" % root.encode() in stderr
+
+
 async def test_workspace_elsewhere_is_never_guessed(websocket_server: WebsocketServer) -> None:
     at = ["--env", websocket_server.url]
     stdout, stderr, status = await execenv("run", *at, "--sandbox", "workspace-write", "--", "true")

@@ -211,7 +211,8 @@ class Launcher:
             if len(words) + len(command) > MAX_WORDS:
                 raise InternalError(
                     f"cannot enforce the sandbox: {len(command)} arguments, {len(env)} variables and "
-                    f"{len(plan.operations)} mounts are more than bubblewrap takes at once"
+                    f"{len(plan.operations)} mounts are more than bubblewrap takes at once: pass less to the "
+                    "program, or deny directories instead of many files in them"
                 )
             options_fd = os.memfd_create("options")
             fds.append(options_fd)

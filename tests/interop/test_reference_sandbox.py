@@ -10,7 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from execenv import Environment, open_environment
+from execenv import (
+    Entry,
+    Environment,
+    GlobRule,
+    PathRule,
+    PathUri,
+    SandboxProfile,
+    SpecialRule,
+    open_environment,
+)
+from execenv._sandboxed import SandboxedEnvironment
+from execenv.sandbox.policy import Sandbox
 from tests.conftest import time_limit
 from tests.contract import test_sandbox
 from tests.contract.test_sandbox import workspace as workspace
@@ -59,3 +70,43 @@ async def environment(request: pytest.FixtureRequest, reference_url: str) -> Asy
 def test_differences_name_contracts() -> None:
     assert DIFFERENCES.keys() >= SOMETIMES
     assert DIFFERENCES.keys() <= CONTRACTS.keys()
+
+
+READ_ONLY = SandboxProfile.read_only()
+
+FORMS = {
+    "flat": Sandbox(READ_ONLY),
+    "with a context": Sandbox(READ_ONLY, has_context=True),
+    "with all members": Sandbox(
+        READ_ONLY,
+        cwd=PathUri.parse("/usr"),
+        workspace_roots=(PathUri.parse("/usr"), PathUri.parse("/etc")),
+        user_home_dir=PathUri.parse("/root"),
+        temporary_directories=(PathUri.parse("/tmp"),),
+        has_context=True,
+    ),
+    "with every kind of rule": Sandbox(
+        SandboxProfile.managed(
+            [
+                *((place, "read") for place in (":root", ":minimal", ":tmpdir", ":slash_tmp")),
+                (":project_roots/sub", "read"),
+                (SpecialRule("unknown", path=":later"), "read"),
+                (GlobRule("**/*.no-such-name"), "deny"),
+                Entry(PathRule(PathUri.parse("/no/such/file")), "deny", skip_missing=True),
+            ],
+            glob_scan_max_depth=1,
+        ),
+        cwd=PathUri.parse("/usr"),
+    ),
+    "external": Sandbox(SandboxProfile.external()),
+    "unrestricted": Sandbox(SandboxProfile.unrestricted()),
+    "disabled": Sandbox(SandboxProfile.disabled()),
+}
+
+
+@pytest.mark.parametrize("sandbox", FORMS.values(), ids=list(FORMS))
+async def test_sandbox_is_understood_in_every_form(reference_url: str, sandbox: Sandbox) -> None:
+    async with time_limit(), open_environment(reference_url) as environment:
+        confined = Environment(SandboxedEnvironment(environment._backend, sandbox))
+        assert (await confined.run(["true"], cwd="/")).returncode == 0
+        assert (await confined.files.get_metadata("/usr")).is_directory
