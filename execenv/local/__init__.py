@@ -16,7 +16,7 @@ from execenv.local.bubblewrap import Bubblewraps
 from execenv.local.confinement import Confinement
 from execenv.local.facts import Plans
 from execenv.local.filesystem import LocalFileSystem
-from execenv.local.helpers import Helpers, open_helpers
+from execenv.local.helpers import Helpers, interpreter, open_helpers
 from execenv.local.http import LocalHttpClient, open_http
 from execenv.local.info import local_info
 from execenv.local.launch import Launcher
@@ -82,7 +82,7 @@ async def open_guard(*, whole_program: bool = False) -> AsyncIterator[Guard]:
     if whole_program:
         mark_myself(marks.prefix)
     with subreaper():
-        async with open_watchdog(marks.prefix, sys.executable) as watchdog:
+        async with open_watchdog(marks.prefix, interpreter() if sys.executable else None) as watchdog:
             with closing(Mounts()) as mounts:
                 async with open_http() as http:
                     with closing(Guard(marks, watchdog, mounts, http)) as guard:
