@@ -778,6 +778,26 @@ ESCAPES: tuple[Escape, ...] = (
         """,
     ),
     Escape(
+        "the file and the memory of the bubblewrap inside: /proc/1/exe, /proc/1/mem",
+        "an empty directory is mounted over /proc/1",
+        """
+        def change(path):
+            fd = os.open(path, os.O_RDONLY)
+            os.utime(fd, ns=(os.fstat(fd).st_atime_ns, os.fstat(fd).st_mtime_ns))
+            escaped(path)
+        def write(path):
+            os.close(os.open(path, os.O_RDWR))
+            escaped(path)
+        if os.getpid() != 1:
+            for task in ("/proc/1", "/proc/1/task/1", "/proc/self/../1", "/proc/self/root/proc/1"):
+                attempt(change, task + "/exe")
+                attempt(write, task + "/mem")
+        """,
+        control=None,
+        only="root",
+        codex="no",
+    ),
+    Escape(
         "protected names of the workspace",
         "they are mounted read-only, or a read-only directory is mounted in their place",
         """

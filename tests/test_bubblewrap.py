@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -470,6 +470,11 @@ async def test_of_one_of_the_system_a_sealed_copy_is_taken(root: bytes) -> None:
         assert (done.stdout, done.stderr) == (b"inside\n", b"")
         with pytest.raises(OSError):
             os.write(os.open(f"/proc/self/fd/{found.fd}", os.O_RDWR), b"x")
+        with suppress(PermissionError):  # who runs it inside has a descriptor of it, and the same uid
+            os.fchmod(found.fd, 0)
+        async with time_limit():
+            assert (await bubblewraps.find([root])).fd == found.fd
+        assert os.fstat(found.fd).st_mode & 0o777 == 0o500
     with pytest.raises(OSError):
         os.fstat(found.fd)
 

@@ -29,6 +29,7 @@ from execenv.local.facts import MANY, DiskFacts, Plans, _FactsNow
 from execenv.local.file_helper import path_to_text
 from execenv.local.helpers import helper_environment
 from execenv.local.mounts import Mounts
+from execenv.local.spawn import interpreter
 from execenv.paths import PathUri
 from execenv.protocol import LARGEST_WALK
 from execenv.sandbox.policy import Sandbox, decode_sandbox
@@ -857,7 +858,7 @@ async def test_others_go_on_while_much_is_sent(
     files = confined(local, top, *WS)
     await files.write_file(at(top / "w" / "n"), b"x")
     monkeypatch.setattr(helpers, "PIECE", 1)
-    (pid,) = guard.helpers.pids
+    (pid,) = guard.confinement.helpers.pids
     turns = 0
 
     async def count() -> None:
@@ -871,7 +872,7 @@ async def test_others_go_on_while_much_is_sent(
         await files.write_file(at(top / "w" / "n"), bytes(1000))
         nursery.cancel_scope.cancel()
     assert turns > 1000
-    assert guard.helpers.pids == (pid,)
+    assert guard.confinement.helpers.pids == (pid,)
 
 
 async def test_large_files_go_both_ways(local: LocalEnvironment, top: Path) -> None:
@@ -910,7 +911,7 @@ def test_helper_imports_nothing_that_takes_long() -> None:
     try:
         boot = helpers._BOOT.format(bundle=fd, size=len(helpers.compiled_helper()), channel=0)
         boot = boot.replace("sys.modules[name].main(0)", "print(*sorted(sys.modules))")
-        argv = [helpers.interpreter(), "-I", "-S", "-c", boot]
+        argv = [interpreter(), "-I", "-S", "-c", boot]
         done = subprocess.run(argv, pass_fds=(fd,), capture_output=True, text=True, check=True)
     finally:
         os.close(fd)

@@ -69,6 +69,13 @@ def test_it_cannot_gain_privileges() -> None:
     assert done.stdout == "NoNewPrivs:\t1\nSeccomp:\t2\n"
 
 
+def test_interpreter_is_no_link_that_could_be_exchanged() -> None:
+    command, fd = restricted(["true"], env={}, arg0=None, seccomp=b"")
+    os.close(fd)
+    assert command[0] == os.path.realpath(command[0])
+    assert not os.path.islink(command[0])
+
+
 @pytest.mark.skipif(landlock.abi() < 4, reason="needs a kernel with Landlock of the network")
 def test_memory_of_others_who_have_a_network_is_out_of_reach() -> None:
     script = "import sys; open(f'/proc/{sys.argv[1]}/mem', 'r+b').close(); print('open')"

@@ -160,7 +160,7 @@ WORKSPACE = (
         (
             {":root": "read", "/srv/w/sub": "deny", "/srv/w/sub/deep": "read", "/srv/w/sub/.env": "read"},
             f"{BASE} --perms 111 --tmpfs /srv/w/sub --dir /srv/w/sub/deep "
-            "--perms 444 --file 3 /srv/w/sub/.env --remount-ro /srv/w/sub "
+            "--ro-bind /srv/w/sub/.env /srv/w/sub/.env --remount-ro /srv/w/sub "
             "--ro-bind /srv/w/sub/.env /srv/w/sub/.env --ro-bind /srv/w/sub/deep /srv/w/sub/deep",
         ),
         (
@@ -168,7 +168,7 @@ WORKSPACE = (
             "--bind / / --dev /dev --perms 555 --tmpfs /.agents --remount-ro /.agents "
             "--perms 555 --tmpfs /.aws --remount-ro /.aws --perms 555 --tmpfs /.codex --remount-ro /.codex "
             "--perms 555 --tmpfs /.git --remount-ro /.git --bind /dev/shm /dev/shm --bind /srv /srv "
-            "--perms 111 --tmpfs /srv/w --dir /srv/w/sub --perms 444 --file 3 /srv/w/sub/.env "
+            "--perms 111 --tmpfs /srv/w --dir /srv/w/sub --ro-bind /srv/w/sub/.env /srv/w/sub/.env "
             "--remount-ro /srv/w --ro-bind /srv/w/sub/.env /srv/w/sub/.env",
         ),
         ({":root": "read", "/srv/w/a.txt": "write"}, f"{BASE} --bind /srv/w/a.txt /srv/w/a.txt"),
@@ -187,6 +187,12 @@ WORKSPACE = (
 )
 def test_plan_becomes_options_of_bubblewrap(listed: Listed, expected: str) -> None:
     assert options(plan_of(listed)) == expected
+
+
+def test_nothing_that_is_there_is_emptied() -> None:
+    # bubblewrap opens what it makes by --file with creat(2), through links
+    listed: Listed = {":root": "read", "/srv/w": "write", "/srv/w/sub": "deny", "/srv/w/sub/.env": "write"}
+    assert "--file" not in options(plan_of(listed)).split()
 
 
 def test_view_below_a_prefix_has_the_hosts_sources() -> None:

@@ -20,6 +20,7 @@ from execenv.local.info import local_info
 from execenv.local.mounts import Mounts
 from execenv.local.output_log import RETAINED_BYTES
 from execenv.local.processes import LocalProcesses
+from execenv.local.spawn import interpreter
 from execenv.local.threads import run_in_thread
 from execenv.local.tree import Marks, mark_myself, reap_adopted, subreaper
 from execenv.local.watchdog import Watchdog, open_watchdog
@@ -96,7 +97,7 @@ async def open_guard(*, whole_program: bool = False) -> AsyncIterator[Guard]:
     if whole_program:
         mark_myself(marks.prefix)
     with subreaper():
-        async with open_watchdog(marks.prefix, sys.executable) as watchdog:
+        async with open_watchdog(marks.prefix, interpreter() if sys.executable else None) as watchdog:
             with closing(Mounts()) as mounts:
                 async with open_http() as http, open_nursery() as nursery:
                     guard = Guard(nursery, marks, watchdog, mounts, http)

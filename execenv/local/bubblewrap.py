@@ -52,6 +52,8 @@ _SHOWN = 300
 _SYS_ADMIN = 21  # linux/capability.h
 _MFD_EXEC = 0x10  # linux/memfd.h, since 6.3
 _SEALS = 0x1 | 0x2 | 0x4 | 0x8  # F_SEAL_SEAL, _SHRINK, _GROW, _WRITE
+_SEAL_EXEC = 0x20  # of the permission to execute it; since 6.3
+_COPY_MODE = 0o500
 
 # What a trial asks beyond the view and its own namespaces, and what the kernel lacks where it fails.
 _FEATURES = {
@@ -230,7 +232,10 @@ class Bubblewraps:
         identity = _identity(path)
         if identity not in self._copies:
             self._copies[identity] = _sealed_copy(path)
-        return self._copies[identity]
+        fd = self._copies[identity]
+        if stat.S_IMODE(os.fstat(fd).st_mode) != _COPY_MODE:
+            os.fchmod(fd, _COPY_MODE)  # what runs inside has it as /proc/1/exe
+        return fd
 
     # Probing.
 
@@ -516,10 +521,12 @@ def _sealed_copy(path: bytes) -> int:
             raise
         fd = os.memfd_create(name, flags)
     try:
-        os.fchmod(fd, 0o500)
+        os.fchmod(fd, _COPY_MODE)
         view = memoryview(data)
         while view:
             view = view[os.write(fd, view) :]
+        with suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEAL_EXEC)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         # A file that is open for writing cannot be executed.
         return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)

@@ -276,7 +276,7 @@ class Confinement:
             return list(argv), []
         if bubblewrap.argv0 and not tty:
             return list(argv), ["--argv0", arg0]
-        python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+        python = spawning.interpreter()
         if _visible(plan, python) and _visible(plan, os.path.realpath(sys.base_prefix)):
             flags = ["1" if "LC_CTYPE" in env else "", "1" if tty else ""]
             return [python, "-I", "-S", "-c", _STUB, arg0, *flags, *argv], []

@@ -31,7 +31,7 @@ from execenv.errors import InternalError, os_error_text
 from execenv.local.bubblewrap import Bubblewraps
 from execenv.local.file_helper import FRAME, path_to_text
 from execenv.local.launch import Launched, Launcher
-from execenv.local.spawn import close_all
+from execenv.local.spawn import close_all, interpreter
 from execenv.local.tree import signal_tree
 from execenv.sandbox.plan import Link, Mask, MountPlan, with_parents
 from execenv.sandbox.seccomp import compile_filter
@@ -107,12 +107,6 @@ def helper_environment(ours: Mapping[str, str]) -> dict[str, str]:
     """The variables of a helper: nothing that may be a secret (sandbox.md §4.4)."""
     kept = KEPT_VARIABLES | KEPT_BY_SYSTEM.get(sys.platform, frozenset())
     return {name: value for name, value in ours.items() if name in kept}
-
-
-@cache
-def interpreter() -> str:
-    """The Python that runs this, itself: not a link, not what a version manager puts in front of it."""
-    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
 @cache

@@ -54,7 +54,9 @@ END_PATIENCE = 5.0
 NOT_EXECUTED = 127
 """The status of a program that could not be executed inside, as shells have it."""
 
-_ROOTS_OF_PROC = b"acpi bus driver fs irq mtrr scsi sys sysrq-trigger".split()
+_ROOTS_OF_PROC = (
+    b"acpi asound bus driver dynamic_debug fs irq latency_stats mtrr scsi sys sysrq-trigger".split()
+)
 _RESOLVE_NO_SYMLINKS = 0x04  # linux/openat2.h
 _RESOLVE_IN_ROOT = 0x10
 
@@ -202,7 +204,7 @@ class Launcher:
                 *arguments(plan, fds[:count], prefix=prefix),
                 *(b"--unshare-user", b"--unshare-pid", b"--unshare-ipc"),
                 *(() if plan.network else (b"--unshare-net",)),
-                *(b"--proc", prefix + b"/proc", *_shut_proc(prefix), b"--cap-drop", b"ALL"),
+                *(b"--proc", prefix + b"/proc", *_shut_proc(prefix, as_pid_1), b"--cap-drop", b"ALL"),
                 *(os.fsencode(option) for option in options),
                 *(b"--chdir", cwd, b"--block-fd", b"%d" % gate_end),
                 *(b"--json-status-fd", b"%d" % status_end, b"--seccomp", b"%d" % filter_end),
@@ -303,15 +305,20 @@ class Launcher:
                 raise
 
 
-def _shut_proc(prefix: bytes) -> Iterator[bytes]:
+def _shut_proc(prefix: bytes, as_pid_1: bool) -> Iterator[bytes]:
     """Options against what root may write in /proc by its number alone, without a capability (core_pattern).
 
     bubblewrap covers some of it only where the directory itself can be written. What is of the process itself
-    stays writable: programs that make namespaces need it.
+    stays writable: programs that make namespaces need it. What is of process 1, the bubblewrap inside, goes:
+    its `exe` leads to a file of the host that is root's, to change its mode or, once its memory was made to
+    run something else, its content.
     """
     if os.geteuid() == 0:
         for name in _ROOTS_OF_PROC:
             yield from (b"--ro-bind-try", b"/proc/" + name, prefix + b"/proc/" + name)
+        if not as_pid_1:
+            first = prefix + b"/proc/1"
+            yield from (b"--perms", b"555", b"--tmpfs", first, b"--remount-ro", first)
 
 
 def _failed(words: str) -> InternalError:

@@ -12,7 +12,10 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from execenv.errors import InternalError
+from execenv.local.spawn import interpreter
 
+_PYTHON = interpreter() if sys.executable else ""
+"""Itself, and no link to it: that of a virtual environment may lie where a sandbox can write."""
 _STUB = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_restrict_stub.py")
 
 
@@ -49,4 +52,4 @@ def restricted(
     except BaseException:
         os.close(fd)
         raise
-    return [sys.executable, "-I", "-S", _STUB, str(fd)], fd
+    return [_PYTHON, "-I", "-S", _STUB, str(fd)], fd

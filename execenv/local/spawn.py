@@ -14,6 +14,7 @@ import os
 import signal
 import struct
 import subprocess
+import sys
 import termios
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -243,6 +244,12 @@ def _spawn_tty(argv: Sequence[str], cwd: bytes, env: Mapping[str, str], arg0: st
 def resize(fd: int, rows: int, columns: int) -> None:
     """Set the size of a terminal, by its master side."""
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows & 0xFFFF, columns & 0xFFFF, 0, 0))
+
+
+@cache
+def interpreter() -> str:
+    """The Python that runs this, itself: not a link, not what a version manager puts in front of it."""
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
 def login_shell() -> str | None:

@@ -293,14 +293,14 @@ def _mask_options(mask: Mask, fds: Iterator[bytes], prefix: bytes) -> Iterator[b
     for path in mask.reopened_files:
         if _parent(path) != mask.path:
             yield from (b"--dir", prefix + _parent(path))
-        yield from (b"--perms", b"444", b"--file", next(fds), prefix + path)
+        # Not --file, which empties what is there: behind a link that is put in the way, a file of the host.
+        yield from (b"--ro-bind", path, prefix + path)
     yield from (b"--remount-ro", at)
 
 
 def count_data_fds(plan: MountPlan) -> int:
     """How many descriptors `arguments` takes."""
-    masks = [op for op in plan.operations if isinstance(op, Mask)]
-    return sum((op.kind == "denied file") + len(op.reopened_files) for op in masks)
+    return sum(isinstance(op, Mask) and op.kind == "denied file" for op in plan.operations)
 
 
 # What the entries say, before anything is looked at.
