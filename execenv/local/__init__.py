@@ -128,6 +128,8 @@ class LocalEnvironment(EnvironmentBackend):
         if self._info is None:
             info = local_info()
             works = await self._guard.confinement.works() if self._guard.confines else None
+            if works is None and self._guard.confines:
+                return info  # it takes its time: who asks again hears of it
             if works is not None:
                 confines = {"sandbox": works, "sandboxedFileStreaming": works}
                 info = evolve(info, capabilities={**info.capabilities, **confines})
