@@ -324,8 +324,7 @@ def _covered(plan: MountPlan) -> list[tuple[bytes, bool]]:
 def _spawned(launched: Launched, streams: spawning.Streams, claim: Claim, *, tty: bool) -> spawning.Spawned:
     def ended() -> None:
         launched.close_status()
-        if claim is not None:
-            claim.release()
+        claim.release()
 
     return spawning.Spawned(
         launched.pid,
