@@ -209,7 +209,10 @@ def run_inside(*argv: str, network: bool = False) -> subprocess.CompletedProcess
             "--dev",
             "/dev",
             "--tmpfs",
-            "/tmp",
+            "/var/tmp",  # not /tmp: this may be a checkout there
+            "--setenv",
+            "TMPDIR",
+            "/var/tmp",
             "--unshare-user",
             "--unshare-pid",
             "--unshare-ipc",
@@ -406,7 +409,7 @@ def test_git_and_a_compiler_work_without_network(tmp_path: Path) -> None:
     if git is None or compiler is None:
         pytest.skip("needs git and cc")
     script = f"""
-        set -e; cd /tmp; {git} init -q w; cd w; export HOME=/tmp
+        set -e; cd /var/tmp; {git} init -q w; cd w; export HOME=/var/tmp
         echo 'int main(void) {{ return 0; }}' > a.c; {compiler} -o a a.c; ./a
         {git} add .; {git} -c user.name=a -c user.email=a@b commit -qm one; {git} log --format=%s
     """
