@@ -280,7 +280,7 @@ def run_server(
             as_user = AS_NOBODY
             for path in (top, top / "home", top / "tmp"):
                 os.chown(path, user, user)
-        argv = _ours(as_user, env) if name == "execenv" else _codex(codex, as_user)
+        argv = _ours(as_user, env) if name == "execenv" else _codex(codex, as_user, top)
         with run_websocket_server([*wrapper, *as_user, *argv], env) as server:
             if not server.url.startswith("ws://"):
                 server.log.seek(0)
@@ -310,10 +310,16 @@ def _ours(as_user: Sequence[str], env: dict[str, str]) -> list[str]:
     pytest.skip(f"uid {NOBODY} can run neither of {tried} with this package and what it needs")
 
 
-def _codex(codex: Path | None, as_user: Sequence[str]) -> list[str]:
+def _codex(codex: Path | None, as_user: Sequence[str], top: Path) -> list[str]:
     """The command line of codex's server, without the script of npm around it."""
     assert codex is not None
     native = next(codex.resolve().parents[2].glob("**/vendor/*/bin/codex"), codex)
+    if as_user:  # it executes itself again, and may lie below the home of root
+        try:
+            os.link(native, top / "codex")
+        except OSError:
+            shutil.copy2(native, top / "codex")
+        native = top / "codex"
     argv = [str(native), "exec-server", "--listen", ANY_PORT]
     if as_user and not _starts([*as_user, str(native), "--version"], {"PATH": SYSTEM_PATH}):
         pytest.skip(f"uid {NOBODY} cannot run {native}")
