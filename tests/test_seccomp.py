@@ -220,6 +220,8 @@ def run_inside(*argv: str, network: bool = False) -> subprocess.CompletedProcess
         return subprocess.run(
             [bubblewrap, *view, "--proc", "/proc", "--seccomp", str(fd), "--", *argv],
             pass_fds=[fd],
+            # without those by which coverage measures programs: there is nowhere to write to
+            env={name: value for name, value in os.environ.items() if not name.startswith("COV")},
             capture_output=True,
             text=True,
             timeout=60,
