@@ -50,7 +50,8 @@ def tests(session: nox.Session) -> None:
 def interop(session: nox.Session) -> None:
     """Tests with a released codex, which npm gets unless it is there. EXECENV_REQUIRE_TOOLS=1: never skip."""
     install(session, "test")
-    session.run("pytest", "-m", "interop", "tests/interop", *session.posargs)
+    whole = ("-n", "auto", "--maxprocesses=4", "--dist=loadfile")
+    session.run("pytest", "-m", "interop", "tests/interop", *(session.posargs or whole))
 
 
 @nox.session

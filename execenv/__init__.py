@@ -14,8 +14,8 @@ Open an environment, run programs in it, leave it:
 The map of the package: `open.py` opens a target, `environment.py` and `process.py` are what programs use,
 `abc.py` is what every kind of environment implements, in `local/` and `remote/`; `server/` offers one to
 others. `environments.py` has environments by name, which `config.py` and `providers.py` find in files and
-variables. `sandbox/` decides what a request may touch. `rpc.py`, `codec.py` and `protocol.py` are the wire, `transports/` carries it. `errors.py` has
-every exception.
+variables. `sandbox/` decides what a request may touch, and `local/` enforces it. `rpc.py`, `codec.py` and
+`protocol.py` are the wire, `transports/` carries it. `errors.py` has every exception.
 
 Names are imported when they are first used, so that `import execenv` is cheap.
 """
