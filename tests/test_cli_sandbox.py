@@ -141,9 +141,9 @@ async def test_program_has_our_terminal_under_a_sandbox(at: list[str]) -> None:
     # The size is adopted when the program runs already; it is told of that inside too.
     words = ("--sandbox", "read-only", "--no-network", "--tty", "--", *python(TELLS_SIZE))
     async with on_terminal("run", *at, *words) as terminal:
-        await terminal.expect(b"33 rows, 101 columns")
-        terminal.type(b"\x03")
-        assert await terminal.process.wait() == 130
+        await terminal.expect(b"33 rows, 101 columns\r\n")
+        terminal.resize(44, 132)
+        await terminal.expect(b"44 rows, 132 columns\r\n")
 
 
 @pytest.mark.parametrize(
