@@ -24,7 +24,7 @@ from tests.fakes import only
 SERVE = (sys.executable, "-m", "execenv", "serve", "--listen")
 ANY_PORT = "ws://127.0.0.1:0"
 KINDS = ("local", "memory", "stdio", "websocket")
-TIME_LIMIT = 60.0
+TIME_LIMIT = 30.0
 """Seconds for one contract test. Far more than any needs, also on a busy machine."""
 
 SERVER_VARIABLES = {"CONTRACT_PLAIN": "plain", "CONTRACT_SECRET": "secret"}

@@ -139,11 +139,15 @@ async def test_unknown_program_is_127_under_a_sandbox_too(at: list[str], options
 @requires_bubblewrap
 async def test_program_has_our_terminal_under_a_sandbox(at: list[str]) -> None:
     # The size is adopted when the program runs already; it is told of that inside too.
-    words = ("--sandbox", "read-only", "--no-network", "--tty", "--", *python(TELLS_SIZE))
-    async with on_terminal("run", *at, *words) as terminal:
+    words = ("--sandbox", "read-only", "--no-network", "--tty", "--")
+    async with on_terminal("run", *at, *words, *python(TELLS_SIZE)) as terminal:
         await terminal.expect(b"33 rows, 101 columns\r\n")
         terminal.resize(44, 132)
         await terminal.expect(b"44 rows, 132 columns\r\n")
+    async with on_terminal("run", *at, *words, "sh", "-c", "echo ready; read x; exit 6") as terminal:
+        await terminal.expect(b"ready")
+        terminal.type(b"\n")
+        assert await terminal.process.wait() == 6
 
 
 @pytest.mark.parametrize(

@@ -181,9 +181,13 @@ CUTS: tuple[Body, ...] = (
 )
 
 
+CUTS_LIMIT = 60.0
+"""Seconds for one of these tests. A reference that is cut by chance takes its time to answer again."""
+
+
 @asynccontextmanager
 async def open_cuttable(url: str) -> AsyncIterator[tuple[Environment, FaultProxy]]:
-    async with time_limit(), open_fault_proxy(url) as proxy, open_environment(proxy.url) as env:
+    async with time_limit(CUTS_LIMIT), open_fault_proxy(url) as proxy, open_environment(proxy.url) as env:
         yield env, proxy
 
 
