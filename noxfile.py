@@ -13,7 +13,7 @@ nox.options.reuse_venv = "yes"
 nox.options.sessions = ["lint", "types", "tests", "examples"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
-EVERYTHING = ".[httpx,httpx2,jwt,speedups]"
+EVERYTHING = ".[httpx,httpx2,jwt,noise,redis,speedups]"
 
 
 def install(session: nox.Session, *groups: str, package: bool = True) -> None:

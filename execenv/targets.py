@@ -6,7 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 from attrs import field, frozen
 
@@ -36,6 +36,50 @@ def shown_url(text: str) -> str:
 
 
 _HOST_AND_PATH = re.compile(r"[A-Za-z]+://(?:\[[^\]]*\]|[^:/\[]+)(?::[0-9]+)?/.*", re.DOTALL)
+
+
+class HasToken(Protocol):
+    """A target with a bearer token, which may be kept elsewhere."""
+
+    @property
+    def bearer_token(self) -> str | None: ...
+    @property
+    def bearer_token_file(self) -> str | None: ...
+    @property
+    def bearer_token_env(self) -> str | None: ...
+
+
+def read_token(target: HasToken) -> str | None:
+    """The token to show now, wherever it is kept; `None` without one. Reads a small file.
+
+    Raises:
+        ConnectFailed: if the file or the variable has none; names it, and says nothing of what it holds.
+    """
+    if target.bearer_token_file is not None:
+        source = f"the token file {target.bearer_token_file}"
+        try:
+            # Whoever has a fifo there is not waited for: nothing could interrupt that.
+            with open(
+                target.bearer_token_file,
+                "rb",
+                opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK),
+            ) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise ConnectFailed(f"cannot read {source}: it is no regular file")
+                token = file.read(MAX_TOKEN + 1).decode(errors="replace").strip()
+        except (OSError, ValueError) as error:  # ValueError: no file has a NUL in its name
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConnectFailed(f"cannot read {source}: {reason}") from error
+    elif target.bearer_token_env is not None:
+        source = f"the variable {target.bearer_token_env}"
+        if target.bearer_token_env not in os.environ:
+            raise ConnectFailed(f"{source}, which is to hold the bearer token, is not set")
+        token = os.environ[target.bearer_token_env].strip()
+    else:
+        return target.bearer_token
+    if not is_token(token) or len(token) > MAX_TOKEN:
+        raise ConnectFailed(f"{source} holds no bearer token: it should be one line of ASCII")
+    return token
 
 
 @frozen
@@ -68,31 +112,7 @@ class WebsocketTarget:
         Raises:
             ConnectFailed: if the file or the variable has none; names it, and says nothing of what it holds.
         """
-        if self.bearer_token_file is not None:
-            source = f"the token file {self.bearer_token_file}"
-            try:
-                # Whoever has a fifo there is not waited for: nothing could interrupt that.
-                with open(
-                    self.bearer_token_file,
-                    "rb",
-                    opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK),
-                ) as file:
-                    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                        raise ConnectFailed(f"cannot read {source}: it is no regular file")
-                    token = file.read(MAX_TOKEN + 1).decode(errors="replace").strip()
-            except (OSError, ValueError) as error:  # ValueError: no file has a NUL in its name
-                reason = error.strerror if isinstance(error, OSError) else error
-                raise ConnectFailed(f"cannot read {source}: {reason}") from error
-        elif self.bearer_token_env is not None:
-            source = f"the variable {self.bearer_token_env}"
-            if self.bearer_token_env not in os.environ:
-                raise ConnectFailed(f"{source}, which is to hold the bearer token, is not set")
-            token = os.environ[self.bearer_token_env].strip()
-        else:
-            return self.bearer_token
-        if not is_token(token) or len(token) > MAX_TOKEN:
-            raise ConnectFailed(f"{source} holds no bearer token: it should be one line of ASCII")
-        return token
+        return read_token(self)
 
 
 @frozen
@@ -115,6 +135,41 @@ class CommandTarget:
     cwd: str | None = None
     initialize_timeout: float = INITIALIZE_TIMEOUT
     bootstrap: bool = False
+
+
+Security: TypeAlias = Literal["noise", "clear"]
+
+
+@frozen
+class RelayTarget:
+    """An environment behind a relay, by its registry.
+
+    Attributes:
+        registry: the base URL, `https://`, or `http://` of this machine.
+        environment_id: ASCII letters, digits, `-` and `_`, 256 at most.
+        bearer_token: for the registry.
+        connect_timeout, initialize_timeout: seconds for a look-up and for the websocket, each; and for the
+            handshakes behind it.
+        bearer_token_file, bearer_token_env: the file or the variable that holds the token instead. Looked at
+            whenever the registry is asked.
+        security: `"noise"`: encrypted from end to end, and refused if it cannot be; `"clear"`: whoever has
+            the relay can read and change everything.
+        account_id: sent to the registry with the token, for one that wants it.
+    """
+
+    registry: str = field(repr=lambda url: repr(shown_url(url)))
+    environment_id: str
+    bearer_token: str | None = field(default=None, repr=False)
+    connect_timeout: float = CONNECT_TIMEOUT
+    initialize_timeout: float = INITIALIZE_TIMEOUT
+    bearer_token_file: str | None = None
+    bearer_token_env: str | None = None
+    security: Security = "noise"
+    account_id: str | None = None
+
+    def read_token(self) -> str | None:
+        """See `WebsocketTarget.read_token`."""
+        return read_token(self)
 
 
 Target: TypeAlias = LocalTarget | WebsocketTarget | CommandTarget

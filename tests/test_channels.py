@@ -19,11 +19,11 @@ from websockets.sync.client import connect as connect_sync
 
 from execenv import open_environment
 from execenv.errors import ConnectFailed, ConnectionLost
-from execenv.server.listen import read_head
 from execenv.transports import _pump
 from execenv.transports._frames import Close, Event, FrameCodec, Ping, Pong
 from execenv.transports._pump import StreamIO
 from execenv.transports.channel import HIGH_WATER, Channel
+from execenv.transports.http import read_head
 from execenv.transports.memory import memory_pair
 from execenv.transports.stdio import own_stdio
 from execenv.transports.websocket import WebsocketChannel, accept, connect

@@ -58,8 +58,8 @@ LAYERS = (
         "status",
         "targets",
     },
-    {"rpc", "transports"},
-    {"local", "remote", "server"},
+    {"relay", "rpc", "transports"},
+    {"local", "relay_service", "remote", "server"},
     {
         "__init__",
         "__main__",

@@ -27,7 +27,6 @@ from execenv.local.filesystem import LocalFileSystem
 from execenv.paths import PathUri
 from execenv.protocol import U64, OpenMode, WalkOptions
 from execenv.remote.connection import open_remote
-from execenv.server.listen import read_head
 from execenv.testing import (
     Carrier,
     Cut,
@@ -53,6 +52,7 @@ from execenv.testing.proxy import FrameSplitter
 from execenv.transports import websocket
 from execenv.transports._frames import FrameCodec
 from execenv.transports.channel import Channel
+from execenv.transports.http import read_head
 from tests.conftest import WebsocketServer
 from tests.contract import test_input, test_output, test_run
 from tests.fakes import MOUNTS

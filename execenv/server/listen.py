@@ -6,48 +6,31 @@ nothing but `/`, GET only, the bearer token if one is wanted, a websocket upgrad
 
 from __future__ import annotations
 
-import re
 from logging import getLogger
 
 import trio
-from attrs import field, frozen
 
 from execenv.errors import ConnectFailed
 from execenv.server.auth import Authenticator, Unauthorized
 from execenv.server.connection import ServerConnection
 from execenv.server.sessions import Sessions
 from execenv.transports.channel import DEFAULT_MAX_MESSAGE, Channel
+from execenv.transports.http import (
+    HEAD_DEADLINE,
+    Head,
+    Refusal,
+    not_an_upgrade,
+    peer_address,
+    read_head,
+    send_refusal,
+)
 
 logger = getLogger(__name__)
-
-HEAD_DEADLINE = 10.0  # seconds for a client to say what it wants
-MAX_HEAD = 64 * 1024
-
-
-@frozen
-class Head:
-    """The head of an HTTP request, and the bytes that it and what followed it came in."""
-
-    method: str
-    path: str
-    headers: dict[str, bytes]
-    raw: bytes
-    leftover: bytes
-
-
-@frozen
-class Refusal:
-    """An answer that is no upgrade."""
-
-    status: int
-    body: str = ""
-    headers: dict[str, str] = field(factory=dict)
 
 
 def route(head: Head, auth: Authenticator | None) -> Refusal | None:
     """What to answer instead of an upgrade; `None` if the upgrade may go ahead. Pure."""
-    headers = head.headers
-    if "origin" in headers:
+    if "origin" in head.headers:
         return Refusal(403)
     if head.path == "/readyz":
         if head.method in ("GET", "HEAD"):
@@ -59,74 +42,10 @@ def route(head: Head, auth: Authenticator | None) -> Refusal | None:
         return Refusal(405, "Request method must be `GET`")
     if auth is not None:
         try:
-            auth.check_header(headers.get("authorization"))
+            auth.check_header(head.headers.get("authorization"))
         except Unauthorized as refused:
             return Refusal(401, str(refused))
-    if "upgrade" not in _tokens(headers, "connection"):
-        return Refusal(400, "Connection header did not include 'upgrade'")
-    if "websocket" not in _tokens(headers, "upgrade"):
-        return Refusal(400, "`Upgrade` header did not include 'websocket'")
-    if headers.get("sec-websocket-version") != b"13":
-        return Refusal(400, "`Sec-WebSocket-Version` header did not include '13'")
-    if "sec-websocket-key" not in headers:
-        return Refusal(400, "`Sec-WebSocket-Key` header missing")
-    return None
-
-
-def _tokens(headers: dict[str, bytes], name: str) -> set[str]:
-    return {token.strip().lower() for token in headers.get(name, b"").decode("latin-1").split(",")}
-
-
-async def read_head(stream: trio.abc.ReceiveStream) -> Head | None:
-    """The head of the one request that a connection may make; `None` if that is no HTTP or is cut off."""
-    import h11
-
-    parser = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
-    data = b""
-    while True:
-        piece = bytes(await stream.receive_some(MAX_HEAD))
-        if not piece:
-            return None
-        data += piece
-        try:
-            parser.receive_data(piece)
-            event = parser.next_event()
-        except h11.RemoteProtocolError:
-            return None
-        if isinstance(event, h11.Request):
-            leftover = bytes(parser.trailing_data[0])
-            end = len(data) - len(leftover)
-            headers: dict[str, bytes] = {}
-            for name, value in event.headers:
-                key = name.decode()
-                headers[key] = headers[key] + b"," + value if key in headers else value
-            return Head(event.method.decode(), _path(event.target), headers, data[:end], leftover)
-        if b"\n" not in data and not _METHOD_START.match(data):
-            return None  # no HTTP, and no need to wait for more of it
-
-
-_METHOD_START = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+( |$)")
-
-
-def _path(target: bytes) -> str:
-    """The path of a request target, which may be an absolute URL (RFC 9112, section 3.2.2)."""
-    text = target.decode("latin-1")
-    if "://" in text.partition("?")[0]:
-        text = "/" + text.partition("://")[2].partition("/")[2]
-    return text.partition("?")[0]
-
-
-async def send_refusal(stream: trio.abc.SendStream, refusal: Refusal, method: str = "GET") -> None:
-    """Answer and say that the connection ends."""
-    import http
-
-    body = refusal.body.encode()
-    lines = [f"HTTP/1.1 {refusal.status} {http.HTTPStatus(refusal.status).phrase}"]
-    lines += [f"{name}: {value}" for name, value in refusal.headers.items()]
-    if body:
-        lines.append("content-type: text/plain; charset=utf-8")
-    lines += [f"content-length: {len(body)}", "connection: close", "", ""]
-    await stream.send_all("\r\n".join(lines).encode() + (b"" if method == "HEAD" else body))
+    return not_an_upgrade(head)
 
 
 class Listener:
@@ -185,17 +104,12 @@ class Listener:
                 stream,
                 head.raw,
                 head.leftover,
-                f"websocket {_address(stream)}",
+                f"websocket {peer_address(stream)}",
                 max_message=self._max_message,
                 ping_interval=self._ping_interval,
                 pong_timeout=self._pong_timeout,
             )
         return None
-
-
-def _address(stream: trio.SocketStream) -> str:
-    peer = stream.socket.getpeername()
-    return f"[{peer[0]}]:{peer[1]}" if ":" in peer[0] else f"{peer[0]}:{peer[1]}"
 
 
 async def serve_channel(channel: Channel, sessions: Sessions) -> None:

@@ -48,7 +48,13 @@ class Violation:
     reason: str
 
 
-Event: TypeAlias = bytes | Ping | Pong | Close | Violation  # bytes: one complete message, text or binary
+@frozen
+class Text:
+    """A text message where only binary ones have a meaning."""
+
+
+Event: TypeAlias = bytes | Text | Ping | Pong | Close | Violation
+"""`bytes`: one complete message, text or binary."""
 Buffer: TypeAlias = bytes | memoryview
 Masker: TypeAlias = Callable[[Buffer, bytes], bytes]
 
@@ -80,7 +86,7 @@ def fastest_masker() -> Masker:
 
 _EVERY_BYTE = bytes(range(256))
 _MASK = fastest_masker()
-_FIN, _TEXT, _CLOSE, _PING, _PONG = 0x80, 0x1, 0x8, 0x9, 0xA
+_FIN, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0x80, 0x1, 0x2, 0x8, 0x9, 0xA
 _CONTROLS = frozenset((_FIN | _CLOSE, _FIN | _PING, _FIN | _PONG))
 # First bytes a frame may have. Reserved bits, unknown opcodes, fragmented control frames are in neither set.
 _BETWEEN_MESSAGES = _CONTROLS | {0x01, 0x02, 0x81, 0x82}
@@ -104,12 +110,14 @@ class FrameCodec:
 
     `max_message` bounds what the peer may send, in bytes per message. An unfinished message costs about what
     has arrived of it, twice that while it is put together. `max_fragment` is the largest payload
-    that goes out as a single frame.
+    that goes out as a single frame. `binary`: messages go out as binary ones, and of a text message only
+    that there was one is told.
     """
 
     _client: bool
     _max_message: int
     _max_fragment: int = 128 * 1024
+    _binary: bool = False
     _mask: Masker = _MASK
     _ended: bool = field(init=False, default=False)
     _unread: bytes = field(init=False, default=b"")  # an incomplete header or control frame
@@ -153,8 +161,13 @@ class FrameCodec:
                     return
             elif first > _FIN and stop <= len(data):  # a message in one frame, all here: the usual case
                 message = self._mask(view[body:stop], key) if key else data[body:stop]
-                if first == _FIN | _TEXT and not message.isascii():
-                    _check_utf8(message)
+                if first == _FIN | _TEXT:
+                    if not message.isascii():
+                        _check_utf8(message)
+                    if self._binary:
+                        events.append(Text())
+                        start = stop
+                        continue
                 events.append(message)
                 start = stop
             else:
@@ -231,26 +244,30 @@ class FrameCodec:
         self._allowed = _BETWEEN_MESSAGES
         if self._is_text and not message.isascii():
             _check_utf8(message)
-        events.append(message)
+        events.append(Text() if self._binary and self._is_text else message)
+
+    @property
+    def _opcode(self) -> int:
+        return _BINARY if self._binary else _TEXT
 
     def encode_message(self, *parts: bytes) -> list[list[Buffer]]:
-        """One text message, the concatenation of `parts`, as frames: each a list of buffers to send in order.
+        """One message, the concatenation of `parts`, as frames: each a list of buffers to send in order.
 
         Control frames may go between the frames. A server's buffers are `parts` or views of them, never
-        copies. That the whole is UTF-8 is the caller's promise.
+        copies. That the whole is UTF-8, if it goes out as text, is the caller's promise.
         """
         if sum(map(len, parts)) <= self._max_fragment:
-            return [self._frame(_FIN | _TEXT, parts)]
+            return [self._frame(_FIN | self._opcode, parts)]
         groups = list(_fragments(parts, self._max_fragment))
         last = len(groups) - 1
         return [
-            self._frame((_FIN if i == last else 0) | (0 if i else _TEXT), pieces)
+            self._frame((_FIN if i == last else 0) | (0 if i else self._opcode), pieces)
             for i, pieces in enumerate(groups)
         ]
 
     def encode_part(self, data: bytes, *, first: bool, last: bool) -> list[Buffer]:
-        """A piece of one text message as a frame of its own, for a message that is not there as a whole."""
-        return self._frame((_FIN if last else 0) | (_TEXT if first else 0), (data,))
+        """A piece of one message as a frame of its own, for a message that is not there as a whole."""
+        return self._frame((_FIN if last else 0) | (self._opcode if first else 0), (data,))
 
     def _frame(self, first: int, pieces: Sequence[Buffer]) -> list[Buffer]:
         size = sum(map(len, pieces))

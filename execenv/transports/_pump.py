@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from time import perf_counter
 
@@ -194,6 +194,8 @@ class Pump(Channel):
         self._scope = trio.CancelScope()
         self._read_scope = trio.CancelScope()
         self._below_limit = trio.lowlevel.ParkingLot()
+        self.hold_reading: Callable[[], Awaitable[None]] | None = None
+        """Waited for before more is read: a moment for those to whom the messages go on."""
 
     # Sending.
 
@@ -308,6 +310,8 @@ class Pump(Channel):
                     if not data:
                         return
                     await self._wait_below_limit()
+                    if self.hold_reading is not None:
+                        await self.hold_reading()
             except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 self.loss = self.loss or str(error.__cause__ or error)
 

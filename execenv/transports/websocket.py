@@ -20,7 +20,7 @@ import trio
 
 from execenv.errors import ConnectFailed
 from execenv.targets import shown_url
-from execenv.transports._frames import Close, FrameCodec, Ping, Pong, Violation
+from execenv.transports._frames import Close, FrameCodec, Ping, Pong, Text, Violation
 from execenv.transports._pump import Buffer, ByteIO, FdIO, Framing, Pump, StreamIO
 from execenv.transports.channel import DEFAULT_MAX_MESSAGE
 
@@ -36,6 +36,8 @@ READ_IN_TIME = 64 * 1024
 MOST_PATIENCE = 10  # pong timeouts
 MAX_HEAD = 64 * 1024
 NOT_SENT_LOW_WATER = 128 * 1024
+NO_BINARY = b""
+"""What a binary channel hands over for a text message, which has no meaning there."""
 REFUSALS = (401, 403)
 """Statuses of a refused handshake that say who is not let in. What else is answered may be a proxy's word on
 a server that is about to come back."""
@@ -62,7 +64,10 @@ class WebsocketFraming(Framing):
             elif type(event) is Violation:
                 pump.loss = pump.loss or f"websocket protocol error: {event.reason}"
                 pump.close_nowait(event.code, event.reason)
+            elif type(event) is Text:
+                yield NO_BINARY
             elif type(event) is Close:
+                pump.close_code = event.code
                 if event.code not in (None, 1000, 1001):
                     pump.loss = pump.loss or f"websocket closed with code {event.code}"
                 pump.close_nowait(event.code or 1000)
@@ -86,6 +91,10 @@ class WebsocketChannel(Pump):
     Args:
         ping_interval: seconds between pings, the first one a full interval after the start.
         pong_timeout: seconds that a peer may stay silent after a ping.
+        binary: messages are binary ones, as those of a relay are (relay.md §2).
+
+    Attributes:
+        close_code: what the peer's close frame said; `None` without one.
 
     A server is patient with a client that does not take what was sent to it: the ping lies behind that. It is
     for TCP to say then whether the client is still there. What the kernels have taken may lie unread for long
@@ -102,10 +111,12 @@ class WebsocketChannel(Pump):
         max_message: int = DEFAULT_MAX_MESSAGE,
         ping_interval: float = PING_INTERVAL,
         pong_timeout: float = PONG_TIMEOUT,
+        binary: bool = False,
     ) -> None:
         super().__init__(label, io)
+        self.close_code: int | None = None
         self._patient = not client
-        self._codec = FrameCodec(client=client, max_message=max_message)
+        self._codec = FrameCodec(client=client, max_message=max_message, binary=binary)
         self.framing = WebsocketFraming(self, self._codec, leftover)
         self._leftover = leftover
         self._ping_interval = ping_interval
@@ -217,6 +228,14 @@ class _Replayed(ByteIO):
         await self._io.close()
 
 
+class HandshakeRefused(ConnectFailed):
+    """The server answered the handshake with `status` and not with 101."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message, retryable=status not in REFUSALS)
+        self.status = status
+
+
 class _Refused(Exception):
     """The server answered the handshake with another status than 101."""
 
@@ -307,6 +326,7 @@ async def accept(
     max_message: int = DEFAULT_MAX_MESSAGE,
     ping_interval: float = PING_INTERVAL,
     pong_timeout: float = PONG_TIMEOUT,
+    binary: bool = False,
 ) -> WebsocketChannel:
     """Answer an upgrade request with 101 and take the stream over.
 
@@ -339,6 +359,7 @@ async def accept(
         max_message=max_message,
         ping_interval=ping_interval,
         pong_timeout=pong_timeout,
+        binary=binary,
     )
 
 
@@ -350,6 +371,7 @@ async def connect(
     max_message: int | None = None,
     ping_interval: float = PING_INTERVAL,
     pong_timeout: float = PONG_TIMEOUT,
+    binary: bool = False,
 ) -> WebsocketChannel:
     """Open a `ws://` or `wss://` URL. The caller sets the deadline.
 
@@ -358,6 +380,7 @@ async def connect(
         max_message: in bytes; `None` lifts the limit, as a client must that reads large files.
 
     Raises:
+        HandshakeRefused: if the server answered with another status than 101.
         ConnectFailed: naming the URL (without its query) and what went wrong.
     """
     from trio_websocket import ConnectionRejected, wrap_client_stream
@@ -403,10 +426,8 @@ async def connect(
         if isinstance(cause, _Refused):
             body = " ".join(cause.body.decode(errors="replace").split())[:200]
             detail = f": {body}" if body else ""
-            raise ConnectFailed(
-                f"{shown} refused the websocket with status {cause.status}{detail}",
-                retryable=cause.status not in REFUSALS,
-            ) from cause
+            text = f"{shown} refused the websocket with status {cause.status}{detail}"
+            raise HandshakeRefused(text, cause.status) from cause
         if isinstance(cause, UnicodeError):
             text = f"cannot connect to {shown}: no host can have that name"
             raise ConnectFailed(text, retryable=False) from cause
@@ -422,6 +443,7 @@ async def connect(
         max_message=max_message if max_message is not None else 1 << 62,
         ping_interval=ping_interval,
         pong_timeout=pong_timeout,
+        binary=binary,
     )
 
 
