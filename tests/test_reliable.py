@@ -32,6 +32,10 @@ def received(reliable: Reliable, frames: Sequence[Data], now: float = 0.0) -> li
     return [message for frame in frames for message in reliable.receive(frame, now)]
 
 
+def has_room(reliable: Reliable) -> bool:
+    return reliable.room
+
+
 def resends(reliable: Reliable) -> list[int]:
     found = []
     while (data := reliable.next_resend()) is not None:
@@ -58,21 +62,21 @@ def test_window_of_frames_is_full_at_its_limit_and_not_before() -> None:
     ours = Reliable()
     for _ in range(WINDOW - 1):
         ours.add(b"x", now=0)
-    assert ours.room
+    assert has_room(ours)
     ours.add(b"x", now=0)
-    assert not ours.room
+    assert not has_room(ours)
     ours.acknowledged(1, 0, now=0)
-    assert ours.room
+    assert has_room(ours)
 
 
 def test_window_of_bytes_is_full_at_its_limit_and_not_before() -> None:
     ours = Reliable()
     ours.add(bytes(WINDOW_BYTES - 1), now=0)
-    assert ours.room
+    assert has_room(ours)
     ours.add(b"x", now=0)
-    assert not ours.room
+    assert not has_room(ours)
     ours.acknowledged(1, 0, now=0)
-    assert ours.room
+    assert has_room(ours)
 
 
 def test_what_is_missing_before_something_that_is_there_is_sent_again_once() -> None:

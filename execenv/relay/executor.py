@@ -22,7 +22,6 @@ from execenv.relay.noise import Identity, NoiseFailed, Responder, Transport, pro
 from execenv.relay.reliable import Reliable, Window
 from execenv.relay.streams import CLOSED, Cipher, RelaySocket, RelayStream
 from execenv.transports.channel import DEFAULT_MAX_MESSAGE, HIGH_WATER, Channel
-from execenv.transports.websocket import WebsocketChannel
 
 logger = getLogger(__name__)
 
@@ -157,7 +156,7 @@ class ExecutorStreams:
 
     async def run_socket(
         self,
-        channel: WebsocketChannel,
+        channel: Channel,
         environment_id: str,
         registration_id: str | None,
         validate: Validate | None,
@@ -213,7 +212,7 @@ class _ExecutorSocket:
     def __init__(
         self,
         streams: ExecutorStreams,
-        channel: WebsocketChannel,
+        channel: Channel,
         environment_id: str,
         registration_id: str | None,
         validate: Validate | None,

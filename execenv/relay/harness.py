@@ -34,7 +34,7 @@ STEADY = 1.0
 MAX_FRAME = 128 * 1024
 """Bytes of a frame, where its payload is Noise: 65,535 at most."""
 
-OpenSocket = Callable[[], Awaitable[WebsocketChannel]]
+OpenSocket = Callable[[], Awaitable[Channel]]
 """Opens a websocket for the stream, with whatever is fresh for it. Raises ConnectFailed."""
 
 
@@ -52,7 +52,7 @@ class HarnessStream(RelayStream):
         self,
         stream_id: str,
         label: str,
-        first: WebsocketChannel,
+        first: Channel,
         again: OpenSocket,
         *,
         initiator: Initiator | None,
@@ -65,6 +65,7 @@ class HarnessStream(RelayStream):
         self._initiator = initiator
         self._deadline_of_recovery = min(deadline, RESUME_DEADLINE)
         self._resumed = trio.Event()
+        self._ran = False
         self._running: RelaySocket | None = None
         self._agreed = False  # whether the other end acknowledges and resumes too
         self.socket = RelaySocket(first)
@@ -82,12 +83,18 @@ class HarnessStream(RelayStream):
 
     async def run(self, receive: Callable[[bytes], None]) -> None:
         async with open_nursery() as nursery:
+            self._ran = True
             nursery.start_soon(self._keep_sockets)
             await super().run(receive)
             if self._running is not None:
                 self._running.channel.close_nowait()  # behind what was sent
             else:
                 nursery.cancel_scope.cancel()
+
+    async def discard(self) -> None:
+        """Close the socket of a stream that was never run; nothing of any other."""
+        if not self._ran and self.socket is not None:
+            await _discard(self.socket.channel)
 
     # Sockets.
 
@@ -134,7 +141,7 @@ class HarnessStream(RelayStream):
             and self._reliable.ack > 0  # otherwise nothing tells it from a stream that begins
         )
 
-    async def _open_again(self, tries: int) -> WebsocketChannel | None:
+    async def _open_again(self, tries: int) -> Channel | None:
         """The next socket; `None` if the stream is over."""
         loss = self.interrupted
         last: Exception | None = None
@@ -153,11 +160,12 @@ class HarnessStream(RelayStream):
         self.end(f"{loss}; the stream could not be resumed{f': {last}' if last else ''}")
         return None
 
-    async def _expect_resume(self, channel: WebsocketChannel) -> None:
+    async def _expect_resume(self, channel: Channel) -> None:
         with trio.move_on_after(RESUME_TIMEOUT):
             await self._resumed.wait()
             return
-        channel.fail(f"the executor did not resume the stream within {RESUME_TIMEOUT:g} s")
+        channel.loss = f"the executor did not resume the stream within {RESUME_TIMEOUT:g} s"
+        channel.close_nowait()
 
     # Frames.
 
@@ -245,18 +253,22 @@ class RelayDialer:
             if self._identity is not None:
                 assert bundle.executor_key is not None
                 assert bundle.authorization is not None
-                initiator = Initiator(
-                    self._identity,
-                    bundle.executor_key,
-                    prologue(target.environment_id, bundle.registration_id or "", stream_id),
-                    bundle.authorization.encode(),
-                )
+                try:
+                    initiator = Initiator(
+                        self._identity,
+                        bundle.executor_key,
+                        prologue(target.environment_id, bundle.registration_id or "", stream_id),
+                        bundle.authorization.encode(),
+                    )
+                except NoiseFailed as error:
+                    await _discard(socket)
+                    raise ConnectFailed(f"{self.name}: no Noise handshake can be made: {error}") from error
 
             async def again() -> WebsocketChannel:
                 return (await self._open(registry, bundle.executor_key))[1]
 
             key = bundle.executor_key
-            yield HarnessStream(
+            stream = HarnessStream(
                 stream_id,
                 self.name,
                 socket,
@@ -265,6 +277,10 @@ class RelayDialer:
                 identity=None if key is None else key.x25519 + key.mlkem768,
                 deadline=self._recovery,
             )
+            try:
+                yield stream
+            finally:
+                await stream.discard()
 
     def _headers(self) -> dict[str, str]:
         token = self._target.read_token()
@@ -309,7 +325,7 @@ async def dial_clear(target: WebsocketTarget, recovery: float) -> AsyncIterator[
         headers = [(b"Authorization", b"Bearer " + token.encode())] if token else []
         return await _open_websocket(target.url, headers, target.connect_timeout, None)
 
-    yield HarnessStream(
+    stream = HarnessStream(
         str(uuid.uuid4()),
         f"relay {shown_url(target.url)}",
         await open_socket(),
@@ -318,6 +334,17 @@ async def dial_clear(target: WebsocketTarget, recovery: float) -> AsyncIterator[
         identity=None,
         deadline=recovery,
     )
+    try:
+        yield stream
+    finally:
+        await stream.discard()
+
+
+async def _discard(channel: Channel) -> None:
+    """Close one that was never run."""
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await channel.run(lambda message: None)
 
 
 async def _open_websocket(

@@ -41,7 +41,7 @@ from execenv.transports.channel import (
     MessageTooLong,
     SendPart,
 )
-from execenv.transports.websocket import PROBE_TIMEOUT, WebsocketChannel
+from execenv.transports.websocket import PROBE_TIMEOUT
 
 logger = getLogger(__name__)
 
@@ -55,7 +55,7 @@ CLOSED = "closed"
 class RelaySocket:
     """One websocket of a relay. `run` must run for anything to happen."""
 
-    def __init__(self, channel: WebsocketChannel) -> None:
+    def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self._ready: deque[RelayStream] = deque()
         self._wakeup = Wakeup()

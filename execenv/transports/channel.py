@@ -28,8 +28,6 @@ ANSWER_LIMIT = 64 * 1024 * 1024
 class MessageTooLong(NotSupported):
     """The channel takes no message of that size. Nothing of it was sent, and the channel goes on."""
 
-    outcome = "not sent"
-
 
 SendPart = Callable[[bytes], Awaitable[None]]
 
