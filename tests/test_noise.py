@@ -534,6 +534,18 @@ def test_malformed_mlkem_key_of_a_harness_is_refused_before_anybody_is_asked(whi
         Responder(EXECUTOR, PROLOGUE).read(harness.message1)
 
 
+def test_whatever_cryptography_says_of_a_ciphertext_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        def decapsulate(self, ciphertext: bytes) -> bytes:
+            raise RuntimeError("secret")
+
+    executor = identity_of(STORY.executor)
+    monkeypatch.setattr(executor, "_mlkem768", Failing())
+    with pytest.raises(NoiseFailed, match="ciphertext is not usable") as caught:
+        Responder(executor, TOLD.prologue).read(TOLD.message1)
+    assert caught.value.__suppress_context__
+
+
 def test_answer_with_a_payload_is_refused() -> None:
     told = Transcript(evolve(STORY, answer=b"codex-registry-authentication-rejected/v1")).run()
     with pytest.raises(NoiseFailed, match="payload"):
@@ -553,7 +565,7 @@ def test_handshake_goes_forward_only() -> None:
     with pytest.raises(NoiseFailed):
         executor.answer()
     executor.read(harness.message1)
-    with pytest.raises(NoiseFailed):
+    with pytest.raises(NoiseFailed, match="before"):
         executor.read(harness.message1)
     message2, _ = executor.answer()
     with pytest.raises(NoiseFailed):
@@ -626,6 +638,13 @@ def test_record_has_at_most_what_noise_allows() -> None:
         harness.encrypt(bytes(65520))
     assert executor.decrypt(harness.encrypt(bytes(65519))) == bytes(65519)
     assert executor.decrypt(harness.encrypt(b"")) == b""
+
+
+def test_longer_record_is_refused_although_it_can_be_decrypted() -> None:
+    to_executor, to_harness = TOLD.keys
+    record = AESGCM(to_executor).encrypt(bytes(12), bytes(65520), b"")
+    with pytest.raises(NoiseFailed, match="decrypted"):
+        Transport(to_harness, to_executor).decrypt(record)
 
 
 def test_stream_ends_before_a_counter_has_33_bits() -> None:

@@ -289,6 +289,30 @@ async def real_exec_server(codex: Path, home: Path, env: Mapping[str, str]) -> A
 
 
 @asynccontextmanager
+async def real_executor(
+    codex: Path, home: Path, registry_url: str, environment_id: str
+) -> AsyncIterator[ProcessMark]:
+    """Run codex's own exec-server as the executor of an environment, with `sk-test` for its API key.
+
+    It is killed with all that it has started when the block is left. Its standard error is in
+    `home`/executor.log.
+    """
+    mark = ProcessMark()
+    argv = [str(codex), "exec-server", "--remote", registry_url, "--environment-id", environment_id]
+    env = {**_environment(home), **mark.env, "CODEX_API_KEY": "sk-test"}
+    with (home / "executor.log").open("wb") as stderr:
+        process = await trio.lowlevel.open_process(
+            argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr
+        )
+    try:
+        yield mark
+    finally:
+        with trio.CancelScope(shield=True):
+            mark.kill()
+            await process.wait()
+
+
+@asynccontextmanager
 async def websocket_server(
     argv: Sequence[str], home: Path, env: Mapping[str, str]
 ) -> AsyncIterator[ExecServer]:
