@@ -37,7 +37,7 @@ PUBLIC = """
     DirectoryEntry EnvPolicy EnvironmentInfo FileMetadata WalkEntry WalkError WalkResult
     Entry GlobRule PathRule SandboxProfile SpecialRule
     Status StatusChange fail_fast
-    CommandTarget LocalTarget WebsocketTarget
+    CommandTarget LocalTarget RelayTarget WebsocketTarget
     Progress TransferReport
 """
 

@@ -18,7 +18,7 @@ from execenv.relay.noise import Identity, Initiator, NoiseFailed, prologue
 from execenv.relay.registry import Bundle, Registry, open_registry, registry_pause
 from execenv.relay.reliable import Reliable, StreamBroken, Window
 from execenv.relay.streams import Cipher, RelaySocket, RelayStream
-from execenv.targets import RelayTarget, WebsocketTarget, shown_url
+from execenv.targets import RelayTarget, WebsocketTarget, shown_registry, shown_url
 from execenv.transports import websocket
 from execenv.transports.channel import Channel
 from execenv.transports.websocket import HandshakeRefused, Headers, WebsocketChannel
@@ -236,7 +236,7 @@ class RelayDialer:
         self._target = target
         self._recovery = recovery
         self._identity = Identity.generate() if target.security == "noise" else None
-        self.name = f"relay {shown_url(target.registry)}/{target.environment_id}"
+        self.name = f"relay {shown_registry(target.registry)}/{target.environment_id}"
 
     @asynccontextmanager
     async def dial(self) -> AsyncIterator[Channel]:
