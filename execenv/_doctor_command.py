@@ -19,7 +19,8 @@ from execenv.local.bubblewrap import INSTALL, NAMESPACES, Bubblewraps, Finding
 from execenv.local.mount_points import MountPoints, registry_directory
 from execenv.local.restrict import restricted
 from execenv.relay.extras import INSTALL as RELAY_INSTALL
-from execenv.relay.extras import noise_problem, relay_problem
+from execenv.relay.extras import relay_problem
+from execenv.relay.noise import noise_available
 from execenv.sandbox import landlock
 from execenv.sandbox.seccomp import compile_filter
 
@@ -148,7 +149,7 @@ def _user() -> Check:
 
 def _relays() -> list[Check]:
     """Whether environments behind a relay can be used, and those that are encrypted from end to end."""
-    relay, noise = relay_problem(), noise_problem()
+    relay, noise = relay_problem(), noise_available()
     without, encrypted = RELAY_INSTALL["clear"], RELAY_INSTALL["noise"]
     return [
         Check("relay", "none", f"{relay}: {without}")

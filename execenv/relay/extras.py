@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from execenv.errors import UsageError
+from execenv.relay.noise import noise_available
 from execenv.targets import Security
 
 INSTALL = {"clear": "pip install 'execenv[relay]'", "noise": "pip install 'execenv[noise]'"}
@@ -24,29 +25,12 @@ def relay_problem() -> str | None:
     return None
 
 
-def noise_problem() -> str | None:
-    """Why nothing can be encrypted from end to end here; `None` if that works, which is tried."""
-    try:
-        from cryptography.exceptions import UnsupportedAlgorithm
-    except ImportError:
-        return "cryptography is not installed"
-    try:
-        from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
-
-        MLKEM768PrivateKey.generate()
-    except ImportError:
-        return "cryptography is too old, it knows no ML-KEM"
-    except UnsupportedAlgorithm:
-        return "cryptography has no ML-KEM, as the OpenSSL that it was built with has none"
-    return None
-
-
 def require_extra(security: Security) -> None:
     """See that an environment behind a relay can be spoken to.
 
     Raises:
         UsageError: if something is missing. Says what, and how to get it.
     """
-    problem = relay_problem() or (noise_problem() if security == "noise" else None)
+    problem = relay_problem() or (noise_available() if security == "noise" else None)
     if problem:
         raise UsageError(f"an environment behind a relay cannot be used: {problem}: {INSTALL[security]}")
