@@ -148,9 +148,17 @@ class Pair:
             await self.rendezvous.connect_harness(),
             self.rendezvous.connect_harness,
             initiator=initiator,
-            identity=None,
+            identity=None if self.identity is None else self.identity.public.x25519,
             deadline=deadline,
         )
+
+    @asynccontextmanager
+    async def dial(self) -> AsyncIterator[Channel]:
+        stream = await self.harness()
+        try:
+            yield stream
+        finally:
+            await stream.discard()
 
 
 @asynccontextmanager

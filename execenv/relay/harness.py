@@ -105,6 +105,7 @@ class HarnessStream(RelayStream):
         while True:
             self._running = socket
             began = trio.current_time()
+            had = 0 if self._reliable is None else self._reliable.ack
             async with open_nursery() as nursery:
                 if self.interrupted:
                     nursery.start_soon(self._expect_resume, socket.channel)
@@ -123,6 +124,8 @@ class HarnessStream(RelayStream):
             self._set_interrupted(loss)
             if trio.current_time() - began > STEADY:
                 tries = 0
+            elif self._reliable is not None and self._reliable.ack != had:
+                tries = min(tries, 1)  # one that was of use, if not for long, is worth another one soon
             opened = await self._open_again(tries)
             if opened is None:
                 return
