@@ -1,6 +1,6 @@
-"""Our initiator against the executor of a released codex, over a registry and a rendezvous of the test.
+"""Our initiator and a released executor, our responder and a released harness; what is between is the test.
 
-What is not ours alone to decide is checked here too: that the executor takes no notice of what our frames say
+What is not ours alone to decide is checked here too: that neither takes notice of what our frames say
 besides, so that two ends of ours may use it.
 """
 
@@ -20,9 +20,21 @@ from attrs import define, field, frozen
 
 from execenv.relay.frames import Ack, Body, Data, Frame, Handshake, Heartbeat, Reset, Resume, encode
 from execenv.relay.keys import PublicKey
-from execenv.relay.noise import Identity, Initiator, RecordReader, RecordWriter, Transport, prologue
+from execenv.relay.noise import (
+    Identity,
+    Initiator,
+    RecordReader,
+    RecordWriter,
+    Responder,
+    Transport,
+    prologue,
+)
+from execenv.server import open_local_sessions
+from execenv.server.listen import serve_channel
 from execenv.transports.http import Refusal
-from tests.interop.codex import real_executor
+from execenv.transports.memory import memory_pair
+from tests.interop.codex import ExecResult, NoiseEnvironment, ProcessMark, real_executor, run_codex
+from tests.interop.conftest import exec_command
 from tests.relay_fakes import (
     Answer,
     FakeRegistry,
@@ -296,3 +308,80 @@ async def test_executor_registers_again_when_the_rendezvous_does_not_know_it(exe
         assert len(executor.rendezvous.refused) == 1
         harness = await Executor(executor.registry, executor.rendezvous, socket, again).harness()
         await harness.initialize()
+
+
+# Our responder, and codex for a harness.
+
+
+async def _serve_harness(socket: RelaySocket, identity: Identity, seen: list[Body]) -> None:
+    """Shake hands on the one stream of a harness's socket, and serve it."""
+    resume, shake = await socket.receive(), await socket.receive()
+    stream_id = resume.stream_id
+    seen += [resume.body, shake.body]
+    assert isinstance(shake.body, Handshake)
+    responder = Responder(identity, prologue("env-1", "reg-1", stream_id))
+    key, authorization = responder.read(shake.body.payload)
+    assert (len(key.mlkem768), authorization) == (1184, AUTHORIZATION.encode())
+    message2, transport = responder.answer()
+    answers: tuple[Body, ...] = (Resume(0, reliability=1), Ack(), Handshake(message2), Ack(), Resume(0, 1))
+    for body in answers:
+        socket.send(Frame(stream_id, body, ack=3, ack_bits=5))
+
+    ours, theirs = memory_pair()
+    seqs = iter(range(2**32))
+    reader, writer = RecordReader(), RecordWriter()
+
+    def send(message: bytes) -> None:
+        for record in writer.records(message):
+            socket.send(Frame(stream_id, Data(next(seqs), transport.encrypt(record)), ack=7, ack_bits=1))
+
+    async with open_local_sessions() as sessions, trio.open_nursery() as nursery:
+        nursery.start_soon(serve_channel, theirs, sessions)
+        nursery.start_soon(ours.run, send)
+        try:
+            while True:
+                body = (await socket.receive()).body
+                assert isinstance(body, Data)
+                seen.append(body)
+                for message in reader.feed(transport.decrypt(body.payload)):
+                    ours.send_nowait(message)
+        except trio.EndOfChannel:
+            nursery.cancel_scope.cancel()
+
+
+async def test_released_harness_works_behind_our_responder(codex: Path, tmp_path: Path) -> None:
+    identity = Identity.generate()
+    seen: list[Body] = []
+    async with open_fake_rendezvous() as rendezvous:
+        bundle = {
+            **REGISTERED,
+            "url": rendezvous.url + "?role=harness&sig=1",
+            "executor_public_key": identity.public.to_json(),
+            "harness_key_authorization": AUTHORIZATION,
+        }
+        async with open_fake_registry({"connect": Answer(body=bundle)}) as registry:
+            with trio.fail_after(60):
+                async with trio.open_nursery() as nursery:
+
+                    async def serve() -> None:
+                        await _serve_harness(await rendezvous.accept(), identity, seen)
+
+                    nursery.start_soon(serve)
+                    run = await run_codex(
+                        codex,
+                        NoiseEnvironment(registry.url, "env-1", "a token"),
+                        [exec_command("echo one; head -c 300000 /dev/zero | tr '\\0' x")],
+                        cwd=tmp_path,
+                        home=tmp_path / "client",
+                        mark=ProcessMark(),
+                    )
+                    nursery.cancel_scope.cancel()
+    assert run.returncode == 0, run.stderr
+    (result,) = map(ExecResult.parse, run.tool_outputs)
+    assert (result.exit_code, result.tokens) == (0, (300_004 + 3) // 4)
+    assert "one\nx" in result.output
+    (asked,) = registry.requests
+    assert asked.headers["authorization"] == "Bearer a token"
+    assert list(asked.body) == ["harness_public_key"]
+    assert [type(body) for body in seen[:2]] == [Resume, Handshake]
+    assert [body.seq for body in seen[2:] if isinstance(body, Data)] == list(range(len(seen) - 2))
