@@ -57,7 +57,9 @@ class Answer:
 class Denied(Exception):
     """Something is refused. The answer quotes nothing of what was asked."""
 
-    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(code)
         self.answer = Answer(status, {"error": {"code": code, "message": message}}, headers or {})
 
@@ -71,6 +73,12 @@ class Gate:
         self._clock = clock
         self._requests = Buckets(settings.token_rate, settings.token_burst, settings.max_buckets)
         self._failures = Buckets(settings.failure_rate, settings.failure_burst, settings.max_buckets)
+        self._signing_key = b""
+
+    async def signing_key(self) -> bytes:
+        """What URLs are signed with. The store is asked once: who guesses at URLs makes it no work."""
+        self._signing_key = self._signing_key or await self._store.signing_key()
+        return self._signing_key
 
     async def admit(self, caller: Caller, authorization: bytes | None) -> TokenRecord:
         """The token that a caller shows, for its role and environment.
@@ -152,7 +160,9 @@ class Registry:
         """Never raises but Cancelled. Also gives back the caller, as it is known then."""
         try:
             if not tokens.is_environment_id(caller.environment):
-                raise Denied(400, "invalid_environment_id", "an id has letters, digits, '-' and '_', 256 at most")
+                raise Denied(
+                    400, "invalid_environment_id", "an id has letters, digits, '-' and '_', 256 at most"
+                )
             token = await self._gate.admit(caller, authorization)
             caller = evolve(caller, token_id=token.token_id)
             if operation == "register":
@@ -164,12 +174,7 @@ class Registry:
         except Denied as denied:
             answer = denied.answer
         except StoreUnavailable:
-            if operation == "register":
-                # What a released executor tries again (relay.md §1.4); after anything else it ends.
-                denied = Denied(502, "authentication_service_unavailable", "the store of the relay is away")
-            else:
-                denied = Denied(503, "store_unavailable", "the store of the relay is away")
-            answer = denied.answer
+            answer = store_away(operation).answer
         self._metrics.requests[operation, answer.status] += 1
         return answer, caller
 
@@ -177,7 +182,9 @@ class Registry:
         if body:
             members = _members(body)
             if members.get("security_profile") != NOISE_PROFILE:
-                raise Denied(400, "unsupported_security_profile", f"security_profile should be {NOISE_PROFILE}")
+                raise Denied(
+                    400, "unsupported_security_profile", f"security_profile should be {NOISE_PROFILE}"
+                )
             profile, executor_key = NOISE_PROFILE, _compact(_key(members, "executor_public_key"))
         elif self._settings.require_noise:
             raise Denied(403, "clear_text_refused", "this relay takes executors with Noise only")
@@ -272,8 +279,16 @@ class Registry:
             math.ceil(self._clock() + ttl),
             new_nonce(),
         )
-        query = signed_query(ticket, await self._store.signing_key())
+        query = signed_query(ticket, await self._gate.signing_key())
         return self._settings.rendezvous_url(registration.environment_id, query)
+
+
+def store_away(operation: str = "") -> Denied:
+    """What to answer while the store can't be asked."""
+    if operation == "register":
+        # What a released executor tries again (relay.md §1.4); after anything else it ends.
+        return Denied(502, "authentication_service_unavailable", "the store of the relay is away")
+    return Denied(503, "store_unavailable", "the store of the relay is away")
 
 
 def check_profile(registration: RegistrationRecord, *, noise: bool, settings: Settings) -> None:

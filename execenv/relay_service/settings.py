@@ -12,7 +12,7 @@ class Settings:
     """How a relay behaves.
 
     Attributes:
-        public_url: where it is reached from outside, `http://` or `https://`; the URLs that it gives begin so.
+        public_url: where it is reached from outside, `http://` or `https://`; what it gives URLs from.
         require_noise: executors that take clear text are refused.
         executor_url_ttl: seconds that an executor may use its URL, as often as it likes.
         harness_url_ttl: seconds that a harness may use its URL, once.

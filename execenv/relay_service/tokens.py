@@ -39,7 +39,7 @@ def token_id(token: str) -> str | None:
 
 
 def is_valid(record: TokenRecord, token: str, now: float) -> bool:
-    """Whether this is the token of a record, and has not expired. Takes the same time wherever they differ."""
+    """Whether this is the token of a record, and has not expired. Compares in constant time."""
     return hmac.compare_digest(digest(token), record.digest) and is_current(record, now)
 
 
