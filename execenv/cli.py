@@ -1,4 +1,4 @@
-"""The command line: `execenv serve`, `run`, `cp`, `ls`, `cat`, `info`, `http`, `doctor` and `env`.
+"""The command line: `execenv serve`, `run`, `cp`, `ls`, `cat`, `info`, `http`, `doctor`, `env` and `relay`.
 
 Imports nothing that takes long: `serve` prints its URL before Trio is imported, and clients that connect
 meanwhile wait in the kernel's queue.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
+from execenv._relay_commands import relay
 from execenv._version import __version__
 
 if TYPE_CHECKING:
@@ -185,6 +186,9 @@ def cli() -> None:
     A place is an environment. Each one is reached in the same way, and whatever ends here, by Ctrl-C or
     otherwise, ends there too, with everything that it started.
     """
+
+
+cli.add_command(relay)
 
 
 @cli.command(epilog=EPILOG_SERVE)
@@ -380,7 +384,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _bound_socket(host: str, port: int) -> socket.socket:
+def _bound_socket(host: str, port: int, scheme: str = "ws") -> socket.socket:
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -388,7 +392,7 @@ def _bound_socket(host: str, port: int) -> socket.socket:
         sock.listen(1024)
     except (OSError, OverflowError) as error:
         sock.close()
-        raise click.ClickException(f"cannot listen on ws://{host}:{port}: {error}") from error
+        raise click.ClickException(f"cannot listen on {scheme}://{host}:{port}: {error}") from error
     return sock
 
 

@@ -71,6 +71,7 @@ LAYERS = (
         "_env_commands",
         "_first_stage",
         "_locations",
+        "_relay_commands",
         "_run_command",
         "_sandboxed",
         "_standard_streams",
