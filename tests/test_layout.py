@@ -73,6 +73,7 @@ LAYERS = (
         "_locations",
         "_run_command",
         "_sandboxed",
+        "_serve_remote_command",
         "_standard_streams",
         "_tables",
         "cli",
