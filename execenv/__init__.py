@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     )
     from execenv.sandbox.policy import Entry, GlobRule, PathRule, SandboxProfile, SpecialRule
     from execenv.status import Status, StatusChange, fail_fast
-    from execenv.targets import CommandTarget, LocalTarget, WebsocketTarget
+    from execenv.targets import CommandTarget, LocalTarget, RelayTarget, WebsocketTarget
     from execenv.transfer import Progress, TransferReport
 
 _WHERE = {
@@ -104,7 +104,7 @@ _WHERE = {
     ),
     "sandbox.policy": ("Entry", "GlobRule", "PathRule", "SandboxProfile", "SpecialRule"),
     "status": ("Status", "StatusChange", "fail_fast"),
-    "targets": ("CommandTarget", "LocalTarget", "WebsocketTarget"),
+    "targets": ("CommandTarget", "LocalTarget", "RelayTarget", "WebsocketTarget"),
     "transfer": ("Progress", "TransferReport"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
@@ -162,6 +162,7 @@ __all__ = [  # noqa: RUF022 - in the order of _WHERE
     "fail_fast",
     "CommandTarget",
     "LocalTarget",
+    "RelayTarget",
     "WebsocketTarget",
     "Progress",
     "TransferReport",

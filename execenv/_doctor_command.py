@@ -1,4 +1,4 @@
-"""`execenv doctor`: what this machine can enforce, and what is missing where it cannot."""
+"""`execenv doctor`: what this machine can enforce and reach, and what is missing where it cannot."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from execenv.errors import InternalError, NotSupported
 from execenv.local.bubblewrap import INSTALL, NAMESPACES, Bubblewraps, Finding
 from execenv.local.mount_points import MountPoints, registry_directory
 from execenv.local.restrict import restricted
+from execenv.relay.extras import INSTALL as RELAY_INSTALL
+from execenv.relay.extras import relay_problem
+from execenv.relay.noise import noise_available
 from execenv.sandbox import landlock
 from execenv.sandbox.seccomp import compile_filter
 
@@ -99,7 +102,7 @@ async def run_doctor(as_json: bool) -> int:
 async def examine() -> Report:
     """Try what sandboxes are made of, as this user, here."""
     with trio.fail_after(TIME_LIMIT):
-        checks = [_system(), _user()]
+        checks = [_system(), _user(), *_relays()]
         if sys.platform != "linux":
             reason = "no: sandboxes take Linux"
             return Report(tuple(checks), (), reason, reason, reason)
@@ -142,6 +145,20 @@ def _system() -> Check:
 def _user() -> Check:
     uid = os.geteuid()
     return Check("user", "ok", "root" if uid == 0 else f"uid {uid}, unprivileged")
+
+
+def _relays() -> list[Check]:
+    """Whether environments behind a relay can be used, and those that are encrypted from end to end."""
+    relay, noise = relay_problem(), noise_available()
+    without, encrypted = RELAY_INSTALL["clear"], RELAY_INSTALL["noise"]
+    return [
+        Check("relay", "none", f"{relay}: {without}")
+        if relay
+        else Check("relay", "ok", "frames by protobuf"),
+        Check("noise", "none", f"{noise or relay}: {encrypted}")
+        if noise or relay
+        else Check("noise", "ok", "a key of ML-KEM-768 was made"),
+    ]
 
 
 def _unknown_machine() -> str | None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import trio
-from attrs import asdict, define, field, frozen
+from attrs import asdict, define, evolve, field, frozen
 
 from execenv._locations import Target
 from execenv._standard_streams import complain, one_line, printable
@@ -38,7 +38,12 @@ from execenv.targets import (
     INITIALIZE_TIMEOUT,
     CommandTarget,
     LocalTarget,
+    RelayTarget,
+    Security,
     WebsocketTarget,
+    is_relay_url,
+    parse_relay_url,
+    shown_registry,
     shown_url,
 )
 
@@ -103,12 +108,16 @@ def _rows(sources: Sequence[Source]) -> list[dict[str, Any]]:
 def _kind(target: Target) -> str:
     if isinstance(target, WebsocketTarget):
         return "websocket"
+    if isinstance(target, RelayTarget):
+        return "relay"
     return "command" if isinstance(target, CommandTarget) else "local"
 
 
 def _where(target: Target) -> str:
     if isinstance(target, WebsocketTarget):
         return shown_url(target.url)
+    if isinstance(target, RelayTarget):
+        return shown_registry(target.url)
     return shlex.join(target.argv) if isinstance(target, CommandTarget) else "this machine"
 
 
@@ -194,19 +203,15 @@ async def run_show(name: str | None, as_json: bool) -> int:
 def _described(target: Target) -> dict[str, Any]:
     """How it is reached, for people: values of variables and tokens left out."""
     if isinstance(target, WebsocketTarget):
-        token = None
-        if target.bearer_token_file is not None:
-            token = f"in {target.bearer_token_file}"
-        elif target.bearer_token_env is not None:
-            token = f"in the variable {target.bearer_token_env}"
-        elif target.bearer_token is not None:
-            token = "in the file"
+        return {"kind": "websocket", "url": shown_url(target.url), **_token_and_times(target)}
+    if isinstance(target, RelayTarget):
         return {
-            "kind": "websocket",
-            "url": shown_url(target.url),
-            "token": token,
-            "connectTimeout": target.connect_timeout,
-            "initializeTimeout": target.initialize_timeout,
+            "kind": "relay",
+            "registry": shown_registry(target.registry),
+            "environmentId": target.environment_id,
+            "security": target.security,
+            "accountId": target.account_id,
+            **_token_and_times(target),
         }
     if isinstance(target, CommandTarget):
         return {
@@ -218,6 +223,21 @@ def _described(target: Target) -> dict[str, Any]:
             "bootstrap": target.bootstrap,
         }
     return {"kind": "local"}
+
+
+def _token_and_times(target: WebsocketTarget | RelayTarget) -> dict[str, Any]:
+    token = None
+    if target.bearer_token_file is not None:
+        token = f"in {target.bearer_token_file}"
+    elif target.bearer_token_env is not None:
+        token = f"in the variable {target.bearer_token_env}"
+    elif target.bearer_token is not None:
+        token = "in the file"
+    return {
+        "token": token,
+        "connectTimeout": target.connect_timeout,
+        "initializeTimeout": target.initialize_timeout,
+    }
 
 
 # Changing our own file.
@@ -238,8 +258,10 @@ class Addition:
     initialize_timeout: float | None
     replace: bool
     is_default: bool
+    security: Security | None = None
+    account_id: str | None = None
 
-    def target(self) -> WebsocketTarget | CommandTarget:
+    def target(self) -> WebsocketTarget | CommandTarget | RelayTarget:
         words = list(self.words)
         if len(words) == 1 and "://" not in words[0]:
             try:
@@ -253,14 +275,28 @@ class Addition:
             self._refuse(
                 "for commands", {"--cwd": self.cwd, "-e": self.extra_env, "--bootstrap": self.bootstrap}
             )
+            connect_timeout = CONNECT_TIMEOUT if self.connect_timeout is None else self.connect_timeout
+            # Paths in the file begin at its folder; those of the command line at ours.
+            token_file = self.token_file and os.path.abspath(self.token_file)
+            if is_relay_url(words[0]):
+                return evolve(
+                    parse_relay_url(words[0]),
+                    connect_timeout=connect_timeout,
+                    initialize_timeout=initialize_timeout,
+                    bearer_token_file=token_file,
+                    bearer_token_env=self.token_env,
+                    security=self.security or "noise",
+                    account_id=self.account_id,
+                )
+            self._refuse("for relay+https:// URLs", self._of_relays())
             return WebsocketTarget(
                 words[0],
-                connect_timeout=CONNECT_TIMEOUT if self.connect_timeout is None else self.connect_timeout,
+                connect_timeout=connect_timeout,
                 initialize_timeout=initialize_timeout,
-                # Paths in the file begin at its folder; those of the command line at ours.
-                bearer_token_file=self.token_file and os.path.abspath(self.token_file),
+                bearer_token_file=token_file,
                 bearer_token_env=self.token_env,
             )
+        self._refuse("for relay+https:// URLs", self._of_relays())
         self._refuse(
             "for URLs",
             {
@@ -278,6 +314,9 @@ class Addition:
             initialize_timeout,
             bootstrap=self.bootstrap,
         )
+
+    def _of_relays(self) -> dict[str, object]:
+        return {"--security": self.security, "--account-id": self.account_id is not None}
 
     def _refuse(self, purpose: str, options: dict[str, object]) -> None:
         given = [name for name, value in options.items() if value]
@@ -437,7 +476,7 @@ async def run_check(chosen: Sequence[tuple[str, Target]], token: str | None, as_
 
 def _kind_of(target: Target) -> str:
     if isinstance(target, str):
-        return "local" if target == LOCAL else "websocket"
+        return "local" if target == LOCAL else "relay" if is_relay_url(target) else "websocket"
     return "command" if isinstance(target, list) else _kind(target)
 
 

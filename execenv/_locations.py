@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # A number behind the host is its port (possessive: never a path), unless it is only how a name begins.
 _URL = re.compile(r"(wss?://(?:\[[^\]]+\]|[^/:\[]+)(?::[0-9]+(?=[:/]|\Z))?+(?:/[^:]*)?):(.*)", re.DOTALL)
+# Behind a relay an environment has an id, so its URL has a path: that ends at its first colon.
+_RELAY_URL = re.compile(r"(relay\+https?://(?:\[[^\]]+\]|[^/:\[]+)(?::[0-9]+)?/[^:]*):(.*)", re.DOTALL)
 _NAME = re.compile(r"([^/:]+):(.*)", re.DOTALL)
 
 Target: TypeAlias = str | list[str] | targets.Target
@@ -69,9 +71,9 @@ class Location:
 def parse_target(text: str, named: Named | None = None) -> Target:
     """What `--env` takes.
 
-    `local`, a ws:// or wss:// URL, the name of a configured environment, or a command that speaks the
-    protocol over stdio. `local`, URLs and more than one word are what they are whatever is
-    configured.
+    `local`, a ws:// or wss:// URL, the relay+https:// URL of an environment behind a relay, the name of a
+    configured environment, or a command that speaks the protocol over stdio. `local`, URLs and more than one
+    word are what they are whatever is configured.
 
     Args:
         named: looks names up. A word that is none must then be a program that can be found.
@@ -81,13 +83,17 @@ def parse_target(text: str, named: Named | None = None) -> Target:
     """
     if text == "local" or text.startswith(("ws://", "wss://")):
         return text
+    if targets.is_relay_url(text):
+        targets.parse_relay_url(text)
+        return text
     try:
         words = shlex.split(text)
     except ValueError as error:
         raise UsageError(f"{text!r} is no command: {str(error).lower()}") from None
     if not words or (len(words) == 1 and "://" in text):
         raise UsageError(
-            f"{text!r} is no environment (--env): use local, a ws:// URL, a configured name or a command"
+            f"{targets.shown_url(text)!r} is no environment (--env): use local, a ws:// or relay+https:// "
+            "URL, a configured name or a command"
         )
     if named is not None and len(words) == 1 and "/" not in words[0]:
         target = named(words[0])
@@ -116,9 +122,10 @@ def parse_location(
     default: Target | Callable[[], Target] = "local",
     named: Named = nothing_named,
 ) -> Location:
-    """Read `PATH`, `ws://HOST:PORT:PATH`, `local:PATH` or `NAME:PATH`.
+    """Read `PATH`, `ws://HOST:PORT:PATH`, `relay+https://REGISTRY/ID:PATH`, `local:PATH` or `NAME:PATH`.
 
-    A path with a colon in its first name is written `./a:b`, as for scp.
+    The path of a URL goes as far as its first colon, which no id of an environment has in it. A path with a
+    colon in its first name is written `./a:b`, as for scp.
 
     Args:
         aliases: names for this call; they come before those that are configured.
@@ -132,7 +139,16 @@ def parse_location(
     if url:
         return Location(url[1], url[2], text)
     if text.startswith(("ws://", "wss://")):
-        raise UsageError(f"{text!r} names no path: write URL:PATH, such as ws://127.0.0.1:8765:/srv")
+        shown = targets.shown_url(text)
+        raise UsageError(f"{shown!r} names no path: write URL:PATH, such as ws://127.0.0.1:8765:/srv")
+    if targets.is_relay_url(text):
+        relay = _RELAY_URL.fullmatch(text)
+        targets.parse_relay_url(relay[1] if relay else text)
+        if relay:
+            return Location(relay[1], relay[2], text)
+        raise UsageError(
+            f"{targets.shown_registry(text)!r} names no path: write relay+https://REGISTRY/ID:PATH"
+        )
     found = _NAME.fullmatch(text)
     if found is None:
         return Location(default() if callable(default) else default, text, text)

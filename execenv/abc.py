@@ -507,7 +507,7 @@ class EnvironmentBackend(ABC):
     """An environment that is open: its capabilities as attributes."""
 
     name: str
-    """For messages to people: `local`, `websocket ws://127.0.0.1:8765/`."""
+    """For messages to people: `local`, `websocket ws://127.0.0.1:8765/`, `relay https://h/ID`."""
 
     processes: Processes
     files: FileSystem

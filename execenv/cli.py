@@ -1,4 +1,4 @@
-"""The command line: `execenv serve`, `run`, `cp`, `ls`, `cat`, `info`, `http`, `doctor` and `env`.
+"""The command line: `execenv serve`, `run`, `cp`, `ls`, `cat`, `info`, `http`, `doctor`, `env` and `relay`.
 
 Imports nothing that takes long: `serve` prints its URL before Trio is imported, and clients that connect
 meanwhile wait in the kernel's queue.
@@ -12,10 +12,11 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
+from execenv._relay_commands import relay
 from execenv._version import __version__
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ Examples:
   execenv run -- make test
   execenv run --env ws://127.0.0.1:8765 --cwd /src -- pytest -x
   execenv run --env "ssh devbox execenv serve --listen stdio" --tty -- bash
+  execenv run --env relay+https://registry.example/devbox --token-file token -- make
   execenv run --env "docker exec -i box" --bootstrap -- uname -a
   execenv run --sandbox workspace-write --no-network -- make
 """
@@ -40,19 +42,21 @@ EPILOG_CP = """
 Examples:
   execenv cp report.pdf ws://127.0.0.1:8765:/srv/
   execenv cp -r ws://127.0.0.1:8765:/var/log logs
+  execenv cp --token-file token relay+https://registry.example/devbox:/srv/report.pdf .
   execenv cp -r --alias box="ssh devbox execenv serve --listen stdio" src box:work/
 """
 
 EPILOG_ENV = """
 Which there are is said by the first of these that is there, alone: $XDG_CONFIG_HOME/execenv/environments.toml
-(the file that these commands edit); EXECENV_URL, a URL or 'none'; codex's own CODEX_EXEC_SERVER_NOISE_*
-variables, environments.toml in CODEX_HOME, and CODEX_EXEC_SERVER_URL. The first two also say where commands
-run without --env; without them that is here.
+(the file that these commands edit); EXECENV_URL, a ws://, wss:// or relay+https:// URL or 'none'; codex's own
+CODEX_EXEC_SERVER_NOISE_* variables, environments.toml in CODEX_HOME, and CODEX_EXEC_SERVER_URL. The first two
+also say where commands run without --env; without them that is here.
 
 \b
 Examples:
   execenv env add devbox ws://127.0.0.1:8765 --default
   execenv env add build -- ssh build execenv serve --listen stdio
+  execenv env add laptop relay+https://registry.example/laptop --token-file token
   execenv env check
   execenv run --env build -- make
 """
@@ -129,8 +133,9 @@ _env_option = click.option(
     "--env",
     "target",
     metavar="TARGET",
-    help="Where: a configured name (see execenv env), 'local', a ws:// or wss:// URL, or a command that "
-    "speaks the protocol over stdio.  [default: that of EXECENV_URL or of execenv's own file, else local]",
+    help="Where: a configured name (see execenv env), 'local', a ws:// or wss:// URL, "
+    "relay+https://REGISTRY/ID for an environment behind a relay, or a command that speaks the protocol over "
+    "stdio.  [default: that of EXECENV_URL or of execenv's own file, else local]",
 )
 _bootstrap_option = click.option(
     "--bootstrap",
@@ -146,7 +151,7 @@ _recovery_option = click.option(
     default="45",
     show_default=True,
     metavar="SECONDS|forever",
-    help="How long a lost connection to a websocket server is tried again; 0 for not at all.",
+    help="How long a lost connection to a websocket server or a relay is tried again; 0 for not at all.",
 )
 _alias_option = click.option(
     "--alias", "aliases", multiple=True, metavar="NAME=TARGET", help="Name an environment, for NAME:PATH."
@@ -184,6 +189,9 @@ def cli() -> None:
     A place is an environment. Each one is reached in the same way, and whatever ends here, by Ctrl-C or
     otherwise, ends there too, with everything that it started.
     """
+
+
+cli.add_command(relay)
 
 
 @cli.command(epilog=EPILOG_SERVE)
@@ -441,7 +449,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _bound_socket(host: str, port: int) -> socket.socket:
+def _bound_socket(host: str, port: int, scheme: str = "ws") -> socket.socket:
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -449,7 +457,7 @@ def _bound_socket(host: str, port: int) -> socket.socket:
         sock.listen(1024)
     except (OSError, OverflowError) as error:
         sock.close()
-        raise click.ClickException(f"cannot listen on ws://{host}:{port}: {error}") from error
+        raise click.ClickException(f"cannot listen on {scheme}://{host}:{port}: {error}") from error
     return sock
 
 
@@ -543,7 +551,8 @@ def cp(
 ) -> None:
     """Copy files and trees between environments: PATH is here, URL:PATH or NAME:PATH elsewhere.
 
-    NAME is a configured environment, or an alias.
+    NAME is a configured environment, or an alias. A URL is ws://HOST:PORT or relay+https://REGISTRY/ID; if
+    it has a path, that ends at the first colon.
 
     Into DST if that is a directory, else to exactly DST. Permissions and times are kept, links are followed.
     What was cut goes on where it was, and what is there already is left alone, when the same is copied again.
@@ -709,7 +718,9 @@ def http(
 @_json_option
 @_debug_option
 def doctor(as_json: bool, debug: bool) -> None:
-    """Show what this machine can enforce of a sandbox, and what to do where it cannot.
+    """Show what this machine can enforce of a sandbox, and whether it can use relays.
+
+    Where it cannot, what to do is shown too.
 
     It is tried, as the user who asks. The exit status is 0 if processes and files can be confined and the
     network can be taken away, and 1 if one of these cannot be.
@@ -758,6 +769,13 @@ def show_environment(name: str | None, as_json: bool, debug: bool) -> None:
     help="COMMAND: set a variable for it.",
 )
 @click.option("--bootstrap", is_flag=True, help="COMMAND: bring execenv along to where it leads.")
+@click.option(
+    "--security",
+    type=click.Choice(["noise", "clear"]),
+    help="Relay URL: 'clear' for no encryption between the ends: whoever has the relay can read and change "
+    "everything. Both ends have to be told (noise).",
+)
+@click.option("--account-id", metavar="ID", help="Relay URL: sent to the registry with the token.")
 @click.option("--connect-timeout", type=float, metavar="SECONDS", help="URL: for the websocket (10).")
 @click.option(
     "--initialize-timeout", type=float, metavar="SECONDS", help="For the handshake behind that (10)."
@@ -775,6 +793,8 @@ def add_environment(
     cwd: str | None,
     assignments: tuple[str, ...],
     bootstrap: bool,
+    security: Literal["noise", "clear"] | None,
+    account_id: str | None,
     connect_timeout: float | None,
     initialize_timeout: float | None,
     replace: bool,
@@ -792,6 +812,8 @@ def add_environment(
         cwd=cwd,
         extra_env=dict(map(_assignment, assignments)),
         bootstrap=bootstrap,
+        security=security,
+        account_id=account_id,
         connect_timeout=connect_timeout,
         initialize_timeout=initialize_timeout,
         replace=replace,

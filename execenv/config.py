@@ -22,12 +22,18 @@ from execenv.errors import ConfigError, UsageError
 from execenv.targets import (
     CONNECT_TIMEOUT,
     INITIALIZE_TIMEOUT,
+    SECURITIES,
     CommandTarget,
     LocalTarget,
+    RelayTarget,
     Target,
     WebsocketTarget,
     check_target,
+    environment_id_problem,
+    is_loopback,
     is_token,
+    registry_problem,
+    shown_registry,
     shown_url,
 )
 
@@ -51,7 +57,8 @@ KEYS = (
     "auth_bearer_token",
     "skills",
 )
-OUR_KEYS = ("auth_bearer_token_file", "auth_bearer_token_env", "bootstrap")
+RELAY_KEYS = ("environment_id", "security", "account_id")
+OUR_KEYS = ("auth_bearer_token_file", "auth_bearer_token_env", "bootstrap", "registry", *RELAY_KEYS)
 """Keys that codex does not have. They are refused in its file, which it could not read with them."""
 OUR_TOKEN_KEYS = ("auth_bearer_token_file", "auth_bearer_token_env")
 TOKEN_KEYS = ("auth_bearer_token", *OUR_TOKEN_KEYS)
@@ -293,18 +300,26 @@ class _Document:
                     self._fail_in(entry, key, f"args, env and cwd require program: name it, or remove {key}")
             if entry.has("bootstrap"):
                 self._fail_in(entry, "bootstrap", "bootstrap requires program: name it, or remove bootstrap")
-        if not entry.has("url"):
+        if not entry.has("url", "registry"):
+            owners = "url or registry" if self._ours else "url"
             for key in (*TOKEN_KEYS, "connect_timeout_sec"):
                 if entry.has(key):
-                    self._fail_in(entry, key, f"{key} requires url: a program takes none, remove it")
-        if entry.has("url") and not entry.has("program"):
-            return self._websocket(entry)
-        if entry.has("program") and not entry.has("url"):
-            return self._command(entry)
-        if entry.has("program"):
-            self._fail_in(entry, "program", "must set exactly one of url or program: it has both, remove one")
-        advice = 'it has neither, add one, as in url = "ws://127.0.0.1:8765"'
-        return self._fail_in(entry, None, f"must set exactly one of url or program: {advice}")
+                    self._fail_in(entry, key, f"{key} requires {owners}: a program takes none, remove it")
+        if not entry.has("registry"):
+            for key in RELAY_KEYS:
+                if entry.has(key):
+                    self._fail_in(entry, key, f"{key} requires registry: name it, or remove {key}")
+        kinds: dict[str, Callable[[_Entry], Target]] = {"url": self._websocket, "program": self._command}
+        if self._ours:
+            kinds["registry"] = self._relay
+        *others, last = kinds
+        rule = f"must set exactly one of {', '.join(others)} or {last}"
+        found = [key for key in kinds if entry.has(key)]
+        if not found:
+            self._fail_in(entry, None, f'{rule}: it has none, add one, as in url = "ws://127.0.0.1:8765"')
+        if len(found) > 1:
+            self._fail_in(entry, found[-1], f"{rule}: it has {' and '.join(found)}, remove all but one")
+        return kinds[found[0]](entry)
 
     def _check_id(self, entry: _Entry) -> None:
         path, id_ = (*entry.at, "id"), entry.id
@@ -341,27 +356,66 @@ class _Document:
         reason = _url_problem(url)
         if reason:
             self._fail_in(entry, "url", f"url {shown(shown_url(url))} is invalid: {reason}")
+        self._check_one_token(entry)
+        for key in TOKEN_KEYS:
+            if entry.has(key) and not can_carry_token(url):
+                host = shown_url(url)
+                told = f"{key} needs wss:// or a loopback address: {shown(host)} would send it in clear"
+                self._fail_in(entry, key, told)
+        return WebsocketTarget(url, **self._token_and_times(entry))
+
+    def _relay(self, entry: _Entry) -> RelayTarget:
+        registry = entry.get("registry").strip()
+        if not registry:
+            told = 'registry cannot be empty: write its URL, as in registry = "https://registry.example"'
+            self._fail_in(entry, "registry", told)
+        problem = registry_problem(registry)
+        if problem:
+            told = f"registry {shown(shown_registry(registry))} cannot be used: {problem}"
+            self._fail_in(entry, "registry", told)
+        if not entry.has("environment_id"):
+            told = "registry requires environment_id: name the environment as the registry knows it"
+            self._fail_in(entry, "registry", told)
+        problem = environment_id_problem(entry.get("environment_id"))
+        if problem:
+            found = shown(entry.get("environment_id"))
+            self._fail_in(entry, "environment_id", f"environment_id {found} cannot be used: {problem}")
+        security = entry.values.get("security", "noise")
+        if security not in SECURITIES:
+            told = f'security takes "noise" or "clear", not {shown(security)}{close_to(security, SECURITIES)}'
+            self._fail_in(entry, "security", told)
+        if entry.has("account_id") and not is_token(entry.get("account_id")):
+            told = "account_id cannot stand in a header: it should be one line of printable ASCII"
+            self._fail_in(entry, "account_id", told)
+        self._check_one_token(entry)
+        return RelayTarget(
+            registry,
+            entry.get("environment_id"),
+            security=security,
+            account_id=entry.get("account_id"),
+            **self._token_and_times(entry),
+        )
+
+    def _token_and_times(self, entry: _Entry) -> dict[str, Any]:
+        for key in TOKEN_KEYS:
+            if entry.has(key):
+                self._check_token(entry, key)
+        path = entry.get("auth_bearer_token_file")
+        return {
+            "bearer_token": entry.get("auth_bearer_token"),
+            "bearer_token_file": None if path is None else self._beside(path),
+            "bearer_token_env": entry.get("auth_bearer_token_env"),
+            "connect_timeout": float(entry.values.get("connect_timeout_sec", CONNECT_TIMEOUT)),
+            "initialize_timeout": float(entry.values.get("initialize_timeout_sec", INITIALIZE_TIMEOUT)),
+        }
+
+    def _check_one_token(self, entry: _Entry) -> None:
         tokens = [key for key in TOKEN_KEYS if entry.has(key)]
         if len(tokens) > 1:
             told = f"{tokens[0]} and {tokens[1]} are both set: a token comes from one place, remove one"
             self._fail_in(entry, tokens[1], told)
-        for key in tokens:
-            self._check_token(entry, key, url)
-        path = entry.get("auth_bearer_token_file")
-        return WebsocketTarget(
-            url,
-            entry.get("auth_bearer_token"),
-            float(entry.values.get("connect_timeout_sec", CONNECT_TIMEOUT)),
-            float(entry.values.get("initialize_timeout_sec", INITIALIZE_TIMEOUT)),
-            None if path is None else self._beside(path),
-            entry.get("auth_bearer_token_env"),
-        )
 
-    def _check_token(self, entry: _Entry, key: str, url: str) -> None:
-        if not can_carry_token(url):
-            host = shown_url(url)
-            told = f"{key} needs wss:// or a loopback address: {shown(host)} would send it in clear"
-            self._fail_in(entry, key, told)
+    def _check_token(self, entry: _Entry, key: str) -> None:
         value: str = entry.get(key)
         if key == "auth_bearer_token" and not is_token(value):
             told = "auth_bearer_token cannot stand in a header: it should be one line of printable ASCII"
@@ -415,7 +469,7 @@ class _Document:
 _TIMES = ("connect_timeout_sec", "initialize_timeout_sec")
 
 _TYPES: Mapping[str, Callable[[_Document, KeyPath, object], None]] = {
-    **dict.fromkeys(("id", "url", "auth_bearer_token"), _Document._string),
+    **dict.fromkeys(("id", "url", "auth_bearer_token", "registry", *RELAY_KEYS), _Document._string),
     **dict.fromkeys(("program", "cwd", *OUR_TOKEN_KEYS), _Document._program_string),
     **dict.fromkeys(_TIMES, _Document._seconds),
     "args": _Document._strings,
@@ -427,15 +481,7 @@ _TYPES: Mapping[str, Callable[[_Document, KeyPath, object], None]] = {
 
 def can_carry_token(url: str) -> bool:
     """Whether a token sent there cannot be read on the way: `wss://`, or this machine."""
-    if url.startswith("wss://"):
-        return True
-    import ipaddress
-
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return url.startswith("wss://") or is_loopback(urlsplit(url).hostname or "")
 
 
 def _url_problem(url: str) -> str | None:
@@ -623,10 +669,11 @@ def _entry_values(id_: str, target: Target) -> dict[str, Any]:
     values: dict[str, Any] = {"id": id_}
     if isinstance(target, WebsocketTarget):
         values["url"] = target.url
-        values["connect_timeout_sec"] = target.connect_timeout
-        values["auth_bearer_token"] = target.bearer_token
-        values["auth_bearer_token_file"] = target.bearer_token_file
-        values["auth_bearer_token_env"] = target.bearer_token_env
+    elif isinstance(target, RelayTarget):
+        values["registry"] = target.registry
+        values["environment_id"] = target.environment_id
+        values["security"] = None if target.security == "noise" else target.security
+        values["account_id"] = target.account_id
     elif isinstance(target, CommandTarget):
         values["program"] = target.argv[0]
         values["args"] = list(target.argv[1:]) or None
@@ -635,6 +682,11 @@ def _entry_values(id_: str, target: Target) -> dict[str, Any]:
         values["bootstrap"] = target.bootstrap or None
     else:
         raise UsageError("this machine is no entry of the file: set include_local there")
+    if isinstance(target, WebsocketTarget | RelayTarget):
+        values["connect_timeout_sec"] = target.connect_timeout
+        values["auth_bearer_token"] = target.bearer_token
+        values["auth_bearer_token_file"] = target.bearer_token_file
+        values["auth_bearer_token_env"] = target.bearer_token_env
     values["initialize_timeout_sec"] = target.initialize_timeout
     for key, usual in (
         ("connect_timeout_sec", CONNECT_TIMEOUT),

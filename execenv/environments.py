@@ -36,7 +36,16 @@ from execenv.errors import (
 from execenv.open import open_environment
 from execenv.providers import load_snapshot
 from execenv.status import fail_fast
-from execenv.targets import CommandTarget, LocalTarget, Target, WebsocketTarget, check_target
+from execenv.targets import (
+    CommandTarget,
+    LocalTarget,
+    RelayTarget,
+    Target,
+    WebsocketTarget,
+    check_target,
+    is_relay_url,
+    parse_relay_url,
+)
 
 STATUS_TIMEOUT = 10.0  # environments.md §1.1
 
@@ -79,8 +88,8 @@ async def open_manager(
 
     Args:
         snapshot: which there are; `None` for what the files and variables of `execenv.providers` say.
-        connect_early: begin to connect to websockets as soon as they are known. Commands are never started
-            before they are asked for.
+        connect_early: begin to connect to websockets and relays as soon as they are known. Commands are never
+            started before they are asked for.
 
     Raises:
         ConfigError: if what they say cannot be used.
@@ -126,7 +135,7 @@ class EnvironmentManager:
                 self._nursery = None  # what ends now may take a while, and nothing begins any more
 
     def _registered(self, entry: _Entry) -> None:
-        if self._connect_early and isinstance(entry.target, WebsocketTarget):
+        if self._connect_early and isinstance(entry.target, WebsocketTarget | RelayTarget):
             entry.begin()
 
     # Which there are.
@@ -234,8 +243,8 @@ class EnvironmentManager:
         """Register one more. The default stays what it is.
 
         Args:
-            target: a URL, a command, or one of the classes of `execenv.targets`. A URL is looked at when
-                it is connected to.
+            target: a URL, a command, or one of the classes of `execenv.targets`. The URL of a websocket is
+                looked at when it is connected to.
 
         Raises:
             UsageError: if the id is empty, reserved or taken, or the target is this machine or none.
@@ -414,12 +423,13 @@ def _checked(id_: str, target: str | Sequence[str] | Target) -> Target:
     check_new_id(id_)
     if isinstance(target, LocalTarget):
         raise UsageError(f"environment {shown(id_)} cannot be this machine, which is `{LOCAL}`")
-    if not isinstance(target, str | WebsocketTarget | CommandTarget):
+    if not isinstance(target, str | WebsocketTarget | CommandTarget | RelayTarget):
         target = CommandTarget(tuple(target))
     if isinstance(target, str):
-        target = WebsocketTarget(target.strip())
+        url = target.strip()
+        target = parse_relay_url(url) if is_relay_url(url) else WebsocketTarget(url)
     check_target(target)
-    if isinstance(target, CommandTarget):
+    if not isinstance(target, WebsocketTarget):
         return target
     if not target.url.strip():
         raise UsageError(f"the url of environment {shown(id_)} cannot be empty")

@@ -18,11 +18,21 @@ import stat
 from abc import ABC, abstractmethod
 from pathlib import PurePath
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from execenv.config import DISABLED, LOCAL, LOCAL_ONLY, Snapshot, parse_config
 from execenv.errors import ConfigError, UsageError
-from execenv.targets import LocalTarget, Target, WebsocketTarget
+from execenv.targets import (
+    LocalTarget,
+    RelayTarget,
+    Target,
+    WebsocketTarget,
+    environment_id_problem,
+    is_relay_url,
+    is_token,
+    parse_relay_url,
+    registry_problem,
+)
 
 FILE_NAME = "environments.toml"
 OUR_URL = "EXECENV_URL"
@@ -34,6 +44,7 @@ NOISE_VARIABLES = (
     "CODEX_EXEC_SERVER_NOISE_ENVIRONMENT_ID",
     "CODEX_EXEC_SERVER_NOISE_AUTH_TOKEN",
 )
+NOISE_ACCOUNT = "CODEX_EXEC_SERVER_NOISE_CHATGPT_ACCOUNT_ID"
 REMOTE = "remote"
 """The id of the environment that a variable names."""
 MAX_BYTES = 1024 * 1024
@@ -73,7 +84,7 @@ class FileProvider(Provider):
 
 @frozen
 class UrlProvider(Provider):
-    """A variable with a URL, or `none`.
+    """A variable with a URL, or `none`. One of ours may be that of an environment behind a relay.
 
     Attributes:
         token_variable: shown to that server, if it is set.
@@ -90,13 +101,22 @@ class UrlProvider(Provider):
         if url.lower() == DISABLED:
             return Snapshot()
         token = self.token_variable if os.environ.get(self.token_variable or "") else None
+        if self.ours and is_relay_url(url):
+            try:
+                target = evolve(parse_relay_url(url), bearer_token_env=token)
+            except UsageError as error:
+                raise ConfigError(f"{self.name}: {error}", key=self.name) from None
+            return Snapshot(((REMOTE, target),), REMOTE)
         # Its scheme is looked at when it is connected to, as the reference does.
         return Snapshot(((REMOTE, WebsocketTarget(url, bearer_token_env=token)),), REMOTE)
 
 
 @frozen
 class NoiseProvider(Provider):
-    """The variables that select an environment behind a relay, which this version cannot reach."""
+    """The variables that select an environment behind a relay, encrypted from end to end.
+
+    Its token stays in its variable, and is read whenever the registry is asked.
+    """
 
     name: str = "CODEX_EXEC_SERVER_NOISE_*"
     ours: bool = False
@@ -112,11 +132,24 @@ class NoiseProvider(Provider):
                 "set all three, or none",
                 key=missing[0],
             )
-        raise ConfigError(
-            f"{', '.join(NOISE_VARIABLES)} select an environment behind a relay, which this version cannot "
-            f"use: unset them, or name another environment in {OUR_URL}",
-            key=NOISE_VARIABLES[0],
-        )
+        registry, id_, token = NOISE_VARIABLES
+        url, environment_id = os.environ[registry].strip(), os.environ[id_].strip()
+        account = os.environ.get(NOISE_ACCOUNT, "").strip() or None
+        for name, problem in (
+            (registry, registry_problem(url)),
+            (id_, environment_id_problem(environment_id)),
+            (NOISE_ACCOUNT, _account_problem(account)),
+        ):
+            if problem:
+                raise ConfigError(f"{name} cannot be used: {problem}", key=name)
+        target = RelayTarget(url, environment_id, bearer_token_env=token, account_id=account)
+        return Snapshot(((REMOTE, target),), REMOTE)
+
+
+def _account_problem(account: str | None) -> str | None:
+    if account is None or is_token(account):
+        return None
+    return "it cannot stand in a header: it should be one line of printable ASCII"
 
 
 @frozen

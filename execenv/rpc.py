@@ -38,7 +38,7 @@ from execenv.errors import (
 )
 from execenv.paths import ForeignPathError
 from execenv.protocol import Method, Nothing, Notification
-from execenv.transports.channel import ANSWER_LIMIT, Channel
+from execenv.transports.channel import ANSWER_LIMIT, Channel, MessageTooLong
 
 logger = getLogger(__name__)
 
@@ -264,7 +264,7 @@ class Peer:
             answer = _encode_result(request.id, result)
         except Exception as error:
             answer = _encode_failure(request.id, request.method, error)
-        self._send(answer)
+        self._send(answer, request.id)
 
     def _check_capacity(self, size: int) -> None:
         # Before the handler is called: it takes an id or a turn, which nobody would give back.
@@ -300,7 +300,7 @@ class Peer:
             except Exception as error:
                 answer = _encode_failure(id_, route.method.name, error)
                 then = None
-            self._send(answer)
+            self._send(answer, id_)
             if then is not None and not self.channel.closed:
                 then()
         finally:
@@ -321,6 +321,8 @@ class Peer:
                     async for part in parts:
                         await send(part)
                     await send(codec.RESULT_TAIL)
+            except MessageTooLong as error:
+                self._send(codec.encode_error(id_, InternalError.code, str(error)))
             except Exception as error:
                 self._end(f"a long answer could not be finished: {error}")
 
@@ -392,9 +394,12 @@ class Peer:
 
     # Sending.
 
-    def _send(self, data: bytes) -> None:
+    def _send(self, data: bytes, id_: Id | None = None) -> None:
         try:
             self.channel.send_nowait(data)
+        except MessageTooLong as error:
+            if id_ is not None:
+                self._send(codec.encode_error(id_, InternalError.code, str(error)))
         except ConnectionLost:
             # The one who asked is gone, and the reader is about to notice.
             logger.debug("an answer had nobody to go to")

@@ -6,7 +6,8 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, get_args
+from urllib.parse import parse_qsl, urlsplit
 
 from attrs import field, frozen
 
@@ -17,6 +18,7 @@ INITIALIZE_TIMEOUT = 10.0
 RECOVERY = 45.0
 """Seconds that a client tries to get its session back (real-client.md, "Cuts")."""
 MAX_TOKEN = 64 * 1024
+MAX_ENVIRONMENT_ID = 256
 
 
 def is_token(text: str) -> bool:
@@ -33,6 +35,16 @@ def shown_url(text: str) -> str:
     if "@" in query and not _HOST_AND_PATH.fullmatch(head):  # it may be a password with a "?" in it
         return head.partition("://")[0] + "://***"
     return head
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host of a URL is this machine, without asking anybody."""
+    import ipaddress
+
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 _HOST_AND_PATH = re.compile(r"[A-Za-z]+://(?:\[[^\]]*\]|[^:/\[]+)(?::[0-9]+)?/.*", re.DOTALL)
@@ -138,6 +150,13 @@ class CommandTarget:
 
 
 Security: TypeAlias = Literal["noise", "clear"]
+SECURITIES: tuple[str, ...] = get_args(Security)
+
+
+def _without_slashes(registry: str) -> str:
+    url = registry.strip()
+    trimmed = url.rstrip("/")
+    return url if trimmed.endswith(":") else trimmed
 
 
 @frozen
@@ -145,7 +164,7 @@ class RelayTarget:
     """An environment behind a relay, by its registry.
 
     Attributes:
-        registry: the base URL, `https://`, or `http://` of this machine.
+        registry: the base URL, `https://`, or `http://` of this machine. Slashes at its end do not count.
         environment_id: ASCII letters, digits, `-` and `_`, 256 at most.
         bearer_token: for the registry.
         connect_timeout, initialize_timeout: seconds for a look-up and for the websocket, each; and for the
@@ -157,7 +176,7 @@ class RelayTarget:
         account_id: sent to the registry with the token, for one that wants it.
     """
 
-    registry: str = field(repr=lambda url: repr(shown_url(url)))
+    registry: str = field(converter=_without_slashes, repr=lambda url: repr(shown_registry(url)))
     environment_id: str
     bearer_token: str | None = field(default=None, repr=False)
     connect_timeout: float = CONNECT_TIMEOUT
@@ -167,31 +186,149 @@ class RelayTarget:
     security: Security = "noise"
     account_id: str | None = None
 
+    @property
+    def url(self) -> str:
+        """The two in one, as `open_environment` takes them. It holds no token."""
+        return f"{RELAY}{self.registry}/{self.environment_id}"
+
     def read_token(self) -> str | None:
         """See `WebsocketTarget.read_token`."""
         return read_token(self)
 
 
-Target: TypeAlias = LocalTarget | WebsocketTarget | CommandTarget
+Target: TypeAlias = LocalTarget | WebsocketTarget | CommandTarget | RelayTarget
 
 
 def check_target(target: Target) -> None:
     """See that a target can be used at all, whatever answers there.
 
     Raises:
-        UsageError: if it cannot.
+        UsageError: if it cannot. No secret is in its text.
     """
     if isinstance(target, LocalTarget):
         return
     seconds = {"initialize_timeout": target.initialize_timeout}
-    if isinstance(target, WebsocketTarget):
+    if isinstance(target, WebsocketTarget | RelayTarget):
         seconds["connect_timeout"] = target.connect_timeout
         if target.bearer_token is not None and not is_token(target.bearer_token):
             raise UsageError(
                 "bearer_token cannot stand in a header: it should be one line of printable ASCII"
             )
-    elif not target.argv:
+    if isinstance(target, RelayTarget):
+        _check_relay(target)
+    elif isinstance(target, CommandTarget) and not target.argv:
         raise UsageError("the command of an environment must name a program")
     for name, value in seconds.items():
         if not value >= 0:  # nor nan
             raise UsageError(f"{name} cannot be {value!r}: seconds are 0 or more")
+
+
+# Relays.
+
+RELAY = "relay+"
+"""What a URL of an environment behind a relay begins with; the URL of its registry follows, then its id."""
+
+_RELAY_URL = re.compile(r"relay\+[a-z0-9+.-]*://", re.IGNORECASE)
+_ENVIRONMENT_ID = re.compile(r"[A-Za-z0-9_-]+")
+_HOST = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?")
+
+
+def is_relay_url(text: str) -> bool:
+    """Whether it is meant as what `parse_relay_url` takes, right or wrong."""
+    return _RELAY_URL.match(text) is not None
+
+
+def parse_relay_url(
+    url: str,
+    *,
+    bearer_token: str | None = None,
+    connect_timeout: float = CONNECT_TIMEOUT,
+    initialize_timeout: float = INITIALIZE_TIMEOUT,
+) -> RelayTarget:
+    """The target of `relay+https://REGISTRY/ENVIRONMENT_ID`.
+
+    The last segment of the path is the id, and what stands before it the base URL of the registry.
+
+    Raises:
+        UsageError: if it is not that. Says what is wrong with it, and shows no secret that is in it.
+    """
+    shown = shown_registry(url)
+    form = "it should look like relay+https://REGISTRY/ENVIRONMENT_ID"
+    if not url.startswith(RELAY):
+        raise UsageError(f"{shown!r} is no URL of an environment behind a relay: {form}")
+    problem = registry_problem(url.removeprefix(RELAY))
+    if problem:
+        raise UsageError(f"{shown!r} is no URL of an environment behind a relay: {problem}")
+    registry, _, id_ = url.removeprefix(RELAY).rstrip("/").rpartition("/")
+    if registry in ("https:/", "http:/"):  # there is only a host
+        raise UsageError(f"{shown!r} names no environment behind the relay: {form}")
+    problem = environment_id_problem(id_)
+    if problem:
+        raise UsageError(f"{shown!r} names no environment behind the relay: {problem}")
+    target = RelayTarget(registry, id_, bearer_token, connect_timeout, initialize_timeout)
+    check_target(target)
+    return target
+
+
+def shown_registry(url: str) -> str:
+    """A registry's URL for a message: what is no part of one may be a secret, and is left out."""
+    return shown_url(url).partition("#")[0]
+
+
+def registry_problem(url: str) -> str | None:
+    """Why it cannot be the base URL of a registry; `None` if it can."""
+    if not url.startswith(("https://", "http://")):
+        return "a registry has an https:// URL (or http:// on this machine)"
+    found = re.search(r"[^!-~]", url)
+    if found:
+        return f"it has the character {found[0]!r}, which must be percent-encoded"
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        port = parts.port
+    except ValueError:  # its text repeats what may be a piece of a password
+        return "its host or its port cannot be read; write it as https://HOST:PORT"
+    if "@" in parts.netloc:
+        return "it names a user, and perhaps a password; leave them out, a token is given beside the URL"
+    if "?" in url or "#" in url:
+        part = "query" if "?" in url.partition("#")[0] else "fragment"
+        return f"it has a {part}; leave that out, a token is given beside the URL"
+    if not host:
+        return "it names no host, as https://HOST does"
+    if not _HOST.fullmatch(host) or port == 0 or parts.netloc.endswith(":"):
+        return "its host or its port cannot be read; write it as https://HOST:PORT"
+    if parts.scheme == "http" and not is_loopback(host):
+        return "http:// is for this machine alone, elsewhere it would send the token in clear: use https://"
+    return None
+
+
+def environment_id_problem(id_: str) -> str | None:
+    """Why it cannot be the id of an environment behind a relay; `None` if it can."""
+    if not id_:
+        return "an environment id cannot be empty"
+    if len(id_) > MAX_ENVIRONMENT_ID:
+        return f"an environment id has {MAX_ENVIRONMENT_ID} characters at most"
+    if not _ENVIRONMENT_ID.fullmatch(id_):
+        return "an environment id has only ASCII letters, digits, - and _"
+    return None
+
+
+def is_harness_url(url: str) -> bool:
+    """Whether a websocket URL leads to an environment behind a relay, in clear text (relay.md §4.2)."""
+    try:
+        return ("role", "harness") in parse_qsl(urlsplit(url).query)
+    except ValueError:  # whoever connects to it says what is wrong
+        return False
+
+
+def _check_relay(target: RelayTarget) -> None:
+    problem = registry_problem(target.registry)
+    if problem:
+        raise UsageError(f"registry {shown_registry(target.registry)!r} cannot be used: {problem}")
+    problem = environment_id_problem(target.environment_id)
+    if problem:
+        raise UsageError(f"environment_id {target.environment_id!r} cannot be used: {problem}")
+    if target.security not in SECURITIES:
+        raise UsageError(f"security cannot be {target.security!r}: it is 'noise' or 'clear'")
+    if target.account_id is not None and not is_token(target.account_id):
+        raise UsageError("account_id cannot stand in a header: it should be one line of printable ASCII")

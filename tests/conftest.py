@@ -16,14 +16,18 @@ from attrs import define
 from execenv import Environment, SandboxProfile, open_environment
 from execenv.providers import NOISE_VARIABLES
 from execenv.remote.connection import open_remote
+from execenv.remote.session import Recovery
 from execenv.server import open_local_sessions
+from execenv.server.connection import ServerConnection
 from execenv.server.listen import serve_channel
+from execenv.transports.channel import Channel
 from execenv.transports.memory import MemoryChannel, memory_pair
 from tests.fakes import only
+from tests.relay_pair import Pair, open_pair
 
 SERVE = (sys.executable, "-m", "execenv", "serve", "--listen")
 ANY_PORT = "ws://127.0.0.1:0"
-KINDS = ("local", "memory", "stdio", "websocket")
+KINDS = ("local", "memory", "stdio", "websocket", "relay")
 TIME_LIMIT = 30.0
 """Seconds for one contract test. Far more than any needs, also on a busy machine."""
 
@@ -113,10 +117,28 @@ async def open_memory() -> AsyncIterator[tuple[Environment, MemoryChannel]]:
 
 
 @asynccontextmanager
+async def open_relayed() -> AsyncIterator[tuple[Environment, Pair]]:
+    """A server in this process behind a relay in memory, encrypted from end to end."""
+    async with open_local_sessions() as sessions:
+
+        async def serve(channel: Channel) -> None:
+            await ServerConnection(channel, sessions, detachable=True).run()
+
+        async with open_pair(serve, noise=True) as pair:
+            recovery = Recovery()
+            async with open_remote(pair.dial, "relay", redial=True, recovery=recovery) as remote:
+                yield Environment(remote), pair
+
+
+@asynccontextmanager
 async def open_kind(kind: str, websocket_url: str) -> AsyncIterator[Environment]:
     """A new environment of one of `KINDS`, or `"sandboxed"`: this machine, where little is restricted."""
     if kind == "memory":
         async with open_memory() as (environment, _):
+            yield environment
+        return
+    if kind == "relay":
+        async with open_relayed() as (environment, _):
             yield environment
         return
     if kind == "sandboxed":

@@ -20,10 +20,11 @@ from execenv.config import (
     without_environment,
 )
 from execenv.errors import ConfigError, UsageError
-from execenv.targets import CommandTarget, LocalTarget, Target, WebsocketTarget
+from execenv.targets import CommandTarget, LocalTarget, RelayTarget, Target, WebsocketTarget
 
 FILE = "/home/me/.config/execenv/environments.toml"
 URL = 'url = "ws://127.0.0.1:8765"'
+REGISTRY = 'registry = "https://registry.example/base"\nenvironment_id = "env_1"'
 SECRET = "hush-hush"
 
 EXAMPLE = """\
@@ -106,6 +107,30 @@ def test_every_key_of_a_command_is_understood() -> None:
     target = one('program = " ssh "', *keys, "initialize_timeout_sec = 1.5")
     assert target == CommandTarget(("ssh", "-x", ""), {"A": "1", "b c": ""}, "/srv", 1.5, bootstrap=True)
     assert one('program = "x"') == CommandTarget(("x",))
+
+
+def test_every_key_of_a_relay_is_understood() -> None:
+    usual = RelayTarget("https://registry.example/base", "env_1")
+    assert one(REGISTRY) == one(REGISTRY, 'security = "noise"') == usual
+    keys = ("connect_timeout_sec = 0", "initialize_timeout_sec = 2", "skills = { required = [] }")
+    target = one(
+        'registry = " http://[::1]:80/x// "',
+        f'environment_id = "{"e" * 256}"',
+        'security = "clear"',
+        'account_id = "an account"',
+        f'auth_bearer_token = "{SECRET}"',
+        *keys,
+    )
+    assert target == RelayTarget(
+        "http://[::1]:80/x", "e" * 256, SECRET, 0.0, 2.0, security="clear", account_id="an account"
+    )
+    assert SECRET not in repr(target)
+    of_file = one(REGISTRY, 'auth_bearer_token_file = "token"')
+    assert isinstance(of_file, RelayTarget)
+    assert of_file.bearer_token_file == "/home/me/.config/execenv/token"
+    assert one(REGISTRY, 'auth_bearer_token_env = "X"') == RelayTarget(
+        usual.registry, "env_1", bearer_token_env="X"
+    )
 
 
 def test_relative_paths_begin_at_the_folder_of_the_file() -> None:
@@ -241,13 +266,36 @@ REFUSED = {
         6,
         ["environment id `a` is duplicated"],
     ),
-    # 5: neither and both
-    "neither": ('# c\n[[environments]]\nid = "a"', 2, ["environment `a`", "exactly one of url or program"]),
-    "both": (f'[[environments]]\nid = "a"\n{URL}\nprogram = "x"', 4, ["exactly one of url or program"]),
-    "both, empty": (
+    # 5: none, and more than one
+    "none": (
+        '# c\n[[environments]]\nid = "a"',
+        2,
+        ["environment `a`", "must set exactly one of url, program or registry", "it has none"],
+    ),
+    "url and program": (
+        f'[[environments]]\nid = "a"\n{URL}\nprogram = "x"',
+        4,
+        ["exactly one of url, program or registry", "it has url and program"],
+    ),
+    "url and program, empty": (
         '[[environments]]\nid = "a"\nprogram = ""\nurl = ""',
         3,
-        ["exactly one of url or program"],
+        ["exactly one of url, program or registry"],
+    ),
+    "url and registry": (
+        f'[[environments]]\nid = "a"\n{REGISTRY}\n{URL}',
+        3,
+        ["exactly one of url, program or registry", "it has url and registry"],
+    ),
+    "program and registry": (
+        f'[[environments]]\nid = "a"\nprogram = "x"\n{REGISTRY}',
+        4,
+        ["exactly one of url, program or registry", "it has program and registry"],
+    ),
+    "all three": (
+        f'[[environments]]\nid = "a"\nprogram = "x"\n{REGISTRY}\n{URL}',
+        4,
+        ["it has url and program and registry, remove all but one"],
     ),
     # 6: url
     "url empty": ('[[environments]]\nid = "a"\nurl = " "', 3, ["environment `a`", "url cannot be empty"]),
@@ -349,6 +397,103 @@ REFUSED = {
         4,
         ["auth_bearer_token and auth_bearer_token_env are both set"],
     ),
+    # relays
+    "registry type": ('[[environments]]\nid = "a"\nregistry = 1', 3, ["registry takes a string", "`1`"]),
+    "environment_id type": ('[[environments]]\nid = "a"\nenvironment_id = 1', 3, ["takes a string", "`1`"]),
+    "security type": ('[[environments]]\nid = "a"\nsecurity = true', 3, ["security takes a string"]),
+    "account_id type": ('[[environments]]\nid = "a"\naccount_id = []', 3, ["account_id takes a string"]),
+    "registry empty": (
+        '[[environments]]\nid = "a"\nenvironment_id = "e"\nregistry = " "',
+        4,
+        ["environment `a`", "registry cannot be empty", 'registry = "https://'],
+    ),
+    "registry scheme": (
+        '[[environments]]\nid = "a"\nenvironment_id = "e"\nregistry = "wss://h/x"',
+        4,
+        ["environment `a`: registry `wss://h/x` cannot be used", "has an https:// URL"],
+    ),
+    "registry in clear": (
+        '[[environments]]\nid = "a"\nenvironment_id = "e"\nregistry = "http://h.example"',
+        4,
+        ["`http://h.example` cannot be used", "this machine alone", "use https://"],
+    ),
+    "registry with secrets": (
+        f'[[environments]]\nid = "a"\nregistry = "https://u:{SECRET}@h/?t={SECRET}#{SECRET}"',
+        3,
+        ["registry `https://***@h/` cannot be used: it names a user"],
+    ),
+    "registry with a query": (
+        f'[[environments]]\nid = "a"\nregistry = "https://h/?t={SECRET}"',
+        3,
+        ["registry `https://h/` cannot be used: it has a query"],
+    ),
+    "registry without environment_id": (
+        '[[environments]]\nid = "a"\nregistry = "https://h"',
+        3,
+        ["environment `a`: registry requires environment_id"],
+    ),
+    "environment_id without registry": (
+        f'[[environments]]\nid = "a"\n{URL}\nenvironment_id = "e"',
+        4,
+        ["environment `a`: environment_id requires registry: name it, or remove environment_id"],
+    ),
+    "security without registry": (
+        f'[[environments]]\nid = "a"\n{URL}\nsecurity = "noise"',
+        4,
+        ["security requires registry"],
+    ),
+    "account_id without registry": (
+        '[[environments]]\nid = "a"\nprogram = "x"\naccount_id = "1"',
+        4,
+        ["account_id requires registry"],
+    ),
+    "environment_id empty": (
+        '[[environments]]\nid = "a"\nregistry = "https://h"\nenvironment_id = ""',
+        4,
+        ["environment_id `` cannot be used", "cannot be empty"],
+    ),
+    "environment_id with a slash": (
+        '[[environments]]\nid = "a"\nregistry = "https://h"\nenvironment_id = "../e"',
+        4,
+        ["environment_id `../e` cannot be used", "only ASCII letters, digits, - and _"],
+    ),
+    "environment_id too long": (
+        f'[[environments]]\nid = "a"\nregistry = "https://h"\nenvironment_id = "{"e" * 257}"',
+        4,
+        ["256 characters at most"],
+    ),
+    "security unknown": (
+        f'[[environments]]\nid = "a"\n{REGISTRY}\nsecurity = "Noise"',
+        5,
+        ['security takes "noise" or "clear", not `Noise`', "did you mean `noise`?"],
+    ),
+    "security empty": (f'[[environments]]\nid = "a"\n{REGISTRY}\nsecurity = ""', 5, ["not ``"]),
+    "account_id for no header": (
+        f'[[environments]]\nid = "a"\n{REGISTRY}\naccount_id = "{SECRET}\\n"',
+        5,
+        ["account_id cannot stand in a header"],
+    ),
+    "token of a relay for no header": (
+        f'[[environments]]\nid = "a"\n{REGISTRY}\nauth_bearer_token = "{SECRET}\\n"',
+        5,
+        ["auth_bearer_token cannot stand in a header"],
+    ),
+    "token file of a relay empty": (
+        f'[[environments]]\nid = "a"\n{REGISTRY}\nauth_bearer_token_file = " "',
+        5,
+        ["name the file"],
+    ),
+    "two tokens of a relay": (
+        f'[[environments]]\nid = "a"\n{REGISTRY}\nauth_bearer_token_env = "X"\nauth_bearer_token_file = "x"',
+        5,
+        ["auth_bearer_token_file and auth_bearer_token_env are both set"],
+    ),
+    "token of nothing": (
+        '[[environments]]\nid = "a"\nauth_bearer_token_env = "x"',
+        3,
+        ["auth_bearer_token_env requires url or registry"],
+    ),
+    "args of a relay": (f'[[environments]]\nid = "a"\n{REGISTRY}\nargs = []', 5, ["require program"]),
     # 11: default
     "default empty": ('# c\ndefault = " "', 2, ["default environment id cannot be empty", "`local`"]),
     "default unknown": (
@@ -416,7 +561,16 @@ def test_first_failure_in_the_order_of_the_reference_wins(first: str, second: st
 
 
 @pytest.mark.parametrize(
-    "key", ['auth_bearer_token_file = "x"', 'auth_bearer_token_env = "X"', "bootstrap = true"]
+    "key",
+    [
+        'auth_bearer_token_file = "x"',
+        'auth_bearer_token_env = "X"',
+        "bootstrap = true",
+        'registry = "https://h"',
+        'environment_id = "e"',
+        'security = "clear"',
+        'account_id = "x"',
+    ],
 )
 def test_keys_of_ours_are_refused_in_the_file_of_codex(key: str) -> None:
     error = refusal(f'[[environments]]\nid = "a"\n{URL}\n{key}', ours=False)
@@ -425,11 +579,23 @@ def test_keys_of_ours_are_refused_in_the_file_of_codex(key: str) -> None:
     assert "auth_bearer_token_env" not in str(refusal("[[environments]]\nx = 1", ours=False))
 
 
+def test_rules_of_the_file_of_codex_do_not_speak_of_keys_of_ours() -> None:
+    for lines, words in (
+        ("", "exactly one of url or program: it has none"),
+        (f'{URL}\nprogram = "x"', "exactly one of url or program: it has url and program"),
+        ("connect_timeout_sec = 1", "connect_timeout_sec requires url: "),
+    ):
+        error = refusal(f'[[environments]]\nid = "a"\n{lines}', ours=False)
+        assert words in str(error)
+        assert "registry" not in str(error)
+
+
 SNIPPETS = st.sampled_from(
     [
         *"[]{}=.,\n\t\"'# ",
         *('"""', "'''", "[[environments]]", "\n", "id", "url", "env", "args", "default", "include_local"),
         *("true", "1", "-1", "nan", "1979-05-27 07:32:00", '"a"', '"ws://h"', '"none"', "\\", "é", "\r\n"),
+        *(f"{text}\n" for text in (REGISTRY, 'security = "clear"')),
         *(f"{text}\n" for text in ('id = "a"', URL, "[environments.env]", "program = 'x'", "args = []")),
     ]
 )
@@ -571,6 +737,40 @@ def test_replacement_keeps_the_comments_and_the_place() -> None:
     ) == (COMMENTED)
 
 
+def test_relay_takes_the_place_of_a_url_and_gives_it_back_with_its_comments() -> None:
+    target = RelayTarget(
+        "https://h/base",
+        "env_1",
+        connect_timeout=2,
+        bearer_token_env="X",
+        security="clear",
+        account_id="1",
+    )
+    text = with_environment(COMMENTED, "a", target, file=FILE, replace=True)
+    assert dict(parse(text).environments)["a"] == target
+    assert text == COMMENTED.replace(f"{URL}\n", "", 1).replace(
+        "# says who\nconnect_timeout_sec = 3 # slow\n",
+        "# says who\nconnect_timeout_sec = 2 # slow\n"
+        'auth_bearer_token_env = "X"\nregistry = "https://h/base"\n'
+        'environment_id = "env_1"\nsecurity = "clear"\naccount_id = "1"\n',
+    )
+    again = with_environment(
+        text,
+        "a",
+        RelayTarget("https://h/base", "env_2", connect_timeout=2, bearer_token_env="X"),
+        file=FILE,
+        replace=True,
+    )
+    assert again == text.replace("env_1", "env_2").replace('security = "clear"\naccount_id = "1"\n', "")
+    back = with_environment(again, "a", WebsocketTarget("ws://127.0.0.1:8765"), file=FILE, replace=True)
+    assert "registry" not in back
+    assert "environment_id" not in back
+    assert "# says who\n" in back
+    assert with_environment("", "r", RelayTarget("https://h/", "e"), file=FILE) == (
+        '[[environments]]\nid = "r"\nregistry = "https://h"\nenvironment_id = "e"\n'
+    )
+
+
 def test_removal_takes_the_comments_directly_above_and_no_others() -> None:
     text = with_default(COMMENTED, "c", file=FILE)
     first, second, third = (text.index(f"# the {word}") for word in ("first", "build box", "last"))
@@ -612,6 +812,11 @@ def test_environments_in_one_statement_are_edited_too() -> None:
         (lambda: with_environment(COMMENTED, "x y", DEVBOX, file=FILE), "write `x-y`"),
         (lambda: with_environment("", "x", WebsocketTarget("http://h"), file=FILE), "did you mean `ws://h`"),
         (lambda: with_environment("", "x", LocalTarget(), file=FILE), "include_local"),
+        (lambda: with_environment("", "x", RelayTarget("http://h", "e"), file=FILE), "use https://"),
+        (
+            lambda: with_environment("", "x", RelayTarget("https://h", "e/f"), file=FILE),
+            "`e/f` cannot be used",
+        ),
         (lambda: without_environment(COMMENTED, "b", file=FILE), "is the default"),
         (lambda: without_environment(COMMENTED, "bb", file=FILE), "did you mean `b`"),
         (lambda: with_default(COMMENTED, "d", file=FILE), "`d` is not in"),
@@ -642,19 +847,32 @@ IDS = st.from_regex(r"[A-Za-z0-9_-]{1,8}", fullmatch=True).filter(
 )
 STRINGS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
 SECONDS = st.floats(0, 1e6) | st.just(10.0)
-TARGETS: st.SearchStrategy[Target] = st.builds(
-    WebsocketTarget,
-    st.sampled_from(["ws://127.0.0.1:1", "wss://h/x?y"]),
-    st.none() | st.just("a token"),
-    SECONDS,
-    SECONDS,
-) | st.builds(
-    CommandTarget,
-    st.tuples(st.just("x"), STRINGS, STRINGS) | st.just(("x",)),
-    st.dictionaries(STRINGS.filter(lambda name: name and "=" not in name), STRINGS, max_size=2),
-    st.none() | st.just("/srv"),
-    SECONDS,
-    st.booleans(),
+TARGETS: st.SearchStrategy[Target] = (
+    st.builds(
+        WebsocketTarget,
+        st.sampled_from(["ws://127.0.0.1:1", "wss://h/x?y"]),
+        st.none() | st.just("a token"),
+        SECONDS,
+        SECONDS,
+    )
+    | st.builds(
+        CommandTarget,
+        st.tuples(st.just("x"), STRINGS, STRINGS) | st.just(("x",)),
+        st.dictionaries(STRINGS.filter(lambda name: name and "=" not in name), STRINGS, max_size=2),
+        st.none() | st.just("/srv"),
+        SECONDS,
+        st.booleans(),
+    )
+    | st.builds(
+        RelayTarget,
+        st.sampled_from(["https://h", "https://h:1/a/b/", "http://127.0.0.1:1"]),
+        st.from_regex(r"[A-Za-z0-9_-]{1,9}", fullmatch=True),
+        st.none() | st.just("a token"),
+        SECONDS,
+        SECONDS,
+        security=st.sampled_from(["noise", "clear"]),
+        account_id=st.none() | st.just("an account"),
+    )
 )
 
 

@@ -62,6 +62,7 @@ async def test_where_all_works_the_status_is_0(place: Path) -> None:
     for feature in ("user namespaces", "/proc", "network namespaces", "system call filters"):
         assert rows[feature] == ("ok", "tried")
     assert rows["mount points"] == ("ok", f"{place}/run/execenv")
+    assert [rows[name][0] for name in ("relay", "noise")] == ["ok", "ok"]
     assert rows["Landlock"][0] == ("ok" if landlock.abi() else "none")
     assert rows["unshare"] == ("none", "not on PATH; of util-linux")
     assert not (place / "run" / "execenv").exists()

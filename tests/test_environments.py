@@ -26,6 +26,7 @@ from execenv import (
     EnvironmentUnavailable,
     LocalTarget,
     ProcessNotStarted,
+    RelayTarget,
     RpcError,
     Snapshot,
     UsageError,
@@ -43,6 +44,7 @@ TIME_LIMIT = 30.0
 WEB = WebsocketTarget("ws://127.0.0.1:1")
 OTHER = WebsocketTarget("ws://127.0.0.1:2")
 COMMAND = CommandTarget(("server",))
+RELAY = RelayTarget("https://registry.example/base", "env_1")
 STDIO = CommandTarget((*SERVE, "stdio"))
 
 PENDING, READY = EnvironmentStatus("pending"), EnvironmentStatus("ready")
@@ -301,6 +303,28 @@ async def test_websockets_are_connected_to_at_once_and_commands_started_when_use
         assert await manager.status("c") == READY
 
 
+async def test_relays_are_connected_to_at_once(opener: Opener) -> None:
+    async with open_manager(Snapshot((("r", RELAY),), "r")) as manager:
+        await wait_all_tasks_blocked()
+        assert opener.targets == [RELAY]
+        assert await manager.status("r") == READY
+        assert await manager.get("r") is await manager.require()
+    assert opener.targets == [RELAY]
+
+
+async def test_noise_variables_are_the_default_and_the_only_environment(
+    opener: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = "CODEX_EXEC_SERVER_NOISE_AUTH_TOKEN"
+    monkeypatch.setenv("CODEX_EXEC_SERVER_NOISE_REGISTRY_URL", RELAY.registry)
+    monkeypatch.setenv("CODEX_EXEC_SERVER_NOISE_ENVIRONMENT_ID", RELAY.environment_id)
+    monkeypatch.setenv(token, "x")
+    async with open_manager() as manager:
+        assert (manager.ids, manager.default_environment_ids()) == (("remote",), ("remote",))
+        await manager.require()
+    assert opener.targets == [RelayTarget(RELAY.registry, RELAY.environment_id, bearer_token_env=token)]
+
+
 async def test_nothing_is_connected_early_if_that_is_not_wanted(opener: Opener) -> None:
     async with open_manager(remote_default(WEB), connect_early=False) as manager:
         await wait_all_tasks_blocked()
@@ -417,6 +441,22 @@ async def test_added_environment_is_there_and_the_default_stays(opener: Opener) 
             await manager.add("c", WEB)
 
 
+async def test_relay_is_added_and_replaced_by_its_url_or_as_a_target(opener: Opener) -> None:
+    clear = RelayTarget("http://127.0.0.1:1", "e", security="clear")
+    async with open_manager(Snapshot((("a", COMMAND),), "a")) as manager:
+        await manager.add("r", " relay+https://registry.example/base/env_1 ")
+        assert manager.target("r") == RELAY
+        await manager.require("r")
+        await manager.replace("r", clear)
+        assert manager.target("r") == clear
+        assert opener.fakes[0].closed
+        assert manager.default_environment_ids() == ("a", "r")
+        await manager.require("r")
+        assert opener.targets == [RELAY, clear]
+        await manager.remove("r")
+        assert manager.target("r") is None
+
+
 @pytest.mark.parametrize(
     ("id_", "target", "words"),
     [
@@ -428,6 +468,13 @@ async def test_added_environment_is_there_and_the_default_stays(opener: Opener) 
         ("x", [], "must name a program"),
         ("x", CommandTarget(()), "must name a program"),
         ("x", LocalTarget(), "cannot be this machine"),
+        ("", RELAY, "environment id cannot be empty"),
+        ("local", RELAY, "`local` is reserved"),
+        ("x", "relay+https://h", "names no environment"),
+        ("x", "relay+wss://h/e", "https:// URL"),
+        ("x", RelayTarget("http://h.example", "e"), "use https://"),
+        ("x", RelayTarget("https://h", "e f"), "only ASCII letters"),
+        ("x", RelayTarget("https://h", "e", connect_timeout=-1), "connect_timeout cannot be -1"),
     ],
 )
 async def test_what_cannot_be_registered_is_refused(

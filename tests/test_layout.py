@@ -37,7 +37,7 @@ PUBLIC = """
     DirectoryEntry EnvPolicy EnvironmentInfo FileMetadata WalkEntry WalkError WalkResult
     Entry GlobRule PathRule SandboxProfile SpecialRule
     Status StatusChange fail_fast
-    CommandTarget LocalTarget WebsocketTarget
+    CommandTarget LocalTarget RelayTarget WebsocketTarget
     Progress TransferReport
 """
 
@@ -71,6 +71,7 @@ LAYERS = (
         "_env_commands",
         "_first_stage",
         "_locations",
+        "_relay_commands",
         "_run_command",
         "_sandboxed",
         "_serve_remote_command",

@@ -24,6 +24,12 @@ PORTS = st.just("") | st.integers(0, 65535).map(lambda port: f":{port}")
 URL_PATHS = st.just("") | st.from_regex(r"/[a-z0-9/?=&.-]*", fullmatch=True)
 URLS = st.builds("{}://{}{}{}".format, st.sampled_from(["ws", "wss"]), HOSTS, PORTS, URL_PATHS)
 
+RELAY_URLS = st.builds(
+    "relay+{}/{}".format,
+    st.sampled_from(["https://h", "https://h:443", "https://h/a/b", "http://[::1]:1", "https://h:0443/443"]),
+    st.from_regex(r"[A-Za-z0-9_-]{1,9}/?", fullmatch=True),
+)
+
 
 @pytest.mark.parametrize(
     ("text", "target", "path"),
@@ -52,6 +58,13 @@ URLS = st.builds("{}://{}{}{}".format, st.sampled_from(["ws", "wss"]), HOSTS, PO
         ("wss://host.example/one/two?x=1:a:b/c", "wss://host.example/one/two?x=1", "a:b/c"),
         ("ws://[::1]:8765:/srv", "ws://[::1]:8765", "/srv"),
         ("ws://[::1]:/srv", "ws://[::1]", "/srv"),
+        ("relay+https://h/ID:/srv/a", "relay+https://h/ID", "/srv/a"),
+        ("relay+https://h:443/base/ID:", "relay+https://h:443/base/ID", ""),
+        ("relay+https://h/ID:443/a:b", "relay+https://h/ID", "443/a:b"),
+        ("relay+http://[::1]:80/ID:a", "relay+http://[::1]:80/ID", "a"),
+        ("relay+https://h/443:443:a", "relay+https://h/443", "443:a"),
+        ("relay+https://h/ID/:\n", "relay+https://h/ID/", "\n"),
+        ("./relay+https://h/ID:a", "local", "./relay+https://h/ID:a"),
     ],
 )
 def test_location_is_a_path_and_where_it_is(text: str, target: Target, path: str) -> None:
@@ -70,6 +83,15 @@ def test_location_is_a_path_and_where_it_is(text: str, target: Target, path: str
         ("ws://:a", ["names no path"]),
         ("ws://[]:a", ["names no path"]),
         ("http://127.0.0.1:8765:/srv", ["'http'"]),
+        ("relay+https://h/ID", ["'relay+https://h/ID' names no path", "relay+https://REGISTRY/ID:PATH"]),
+        ("relay+https://h:443/ID", ["names no path"]),
+        ("relay+https://h:/srv", ["its host or its port cannot be read"]),
+        ("relay+https://h:443:/srv", ["its host or its port cannot be read"]),
+        ("relay+https://h/:/srv", ["names no environment", "relay+https://REGISTRY/ENVIRONMENT_ID"]),
+        ("relay+https://h/I.D:/srv", ["only ASCII letters, digits, - and _"]),
+        ("relay+http://h/ID:/srv", ["this machine alone", "use https://"]),
+        ("relay+wss://h/ID:/srv", ["https:// URL"]),
+        ("relay+ssh:/srv", ["'relay+ssh'", "--alias"]),
     ],
 )
 def test_what_names_no_place_is_refused_with_what_to_write(text: str, words: list[str]) -> None:
@@ -77,6 +99,25 @@ def test_what_names_no_place_is_refused_with_what_to_write(text: str, words: lis
         parse_location(text, ALIASES)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ws://hush-hush@h",
+        "ws://h/?hush-hush",
+        "relay+https://u:hush-hush@h/ID:/srv",
+        "relay+https://hush-hush@h/ID:/srv",
+        "relay+https://h/ID?hush-hush:/srv",
+        "relay+https://h/ID#hush-hush:/srv",
+        "relay+https://h/ID#hush-hush",
+    ],
+)
+def test_secret_in_a_url_is_not_shown(text: str) -> None:
+    for parse in (lambda: parse_location(text, {}), lambda: parse_target(text.replace("ws:", "http:"))):
+        with pytest.raises(UsageError) as caught:
+            parse()
+        assert "hush-hush" not in str(caught.value)
 
 
 def test_path_without_a_place_is_in_the_default_one() -> None:
@@ -103,6 +144,11 @@ def test_any_path_may_follow_a_url(url: str, path: str) -> None:
     assert parse_location(f"{url}:{path}", {}) == Location(url, path, f"{url}:{path}")
 
 
+@given(RELAY_URLS, ARGUMENTS)
+def test_any_path_may_follow_the_url_of_a_relay(url: str, path: str) -> None:
+    assert parse_location(f"{url}:{path}", {}) == Location(url, path, f"{url}:{path}")
+
+
 @given(ARGUMENTS)
 def test_path_that_begins_with_a_directory_is_always_here(path: str) -> None:
     assert parse_location(f"./{path}", ALIASES) == Location("local", f"./{path}", f"./{path}")
@@ -115,6 +161,8 @@ def test_path_that_begins_with_a_directory_is_always_here(path: str) -> None:
         ("local", "local"),
         ("ws://127.0.0.1:1/x?y", "ws://127.0.0.1:1/x?y"),
         ("wss://host.example", "wss://host.example"),
+        ("relay+https://h/base/ID", "relay+https://h/base/ID"),
+        ("relay+x y", ["relay+x", "y"]),
         ("ssh box 'execenv serve --listen stdio'", BOX),
         ("/opt/my\\ server", ["/opt/my server"]),
         ("server ws://127.0.0.1:1", ["server", "ws://127.0.0.1:1"]),
@@ -124,9 +172,9 @@ def test_target_is_this_machine_a_url_or_a_command(text: str, target: Target) ->
     assert parse_target(text) == target
 
 
-@pytest.mark.parametrize("text", ["", "  ", "http://127.0.0.1:1", "'ssh box", "ssh box\\"])
+@pytest.mark.parametrize("text", ["", "  ", "http://127.0.0.1:1", "'ssh box", "ssh box\\", "relay+https://h"])
 def test_what_is_no_target_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is no "):
+    with pytest.raises(UsageError, match=r"is no |names no environment"):
         parse_target(text)
 
 

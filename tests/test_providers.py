@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 
 from execenv.config import LOCAL_ONLY, Snapshot
 from execenv.errors import ConfigError, ConnectFailed, UsageError
 from execenv.providers import (
     CODEX_URL,
+    NOISE_ACCOUNT,
     NOISE_VARIABLES,
     OUR_URL,
     Loaded,
@@ -22,7 +24,7 @@ from execenv.providers import (
     named_target,
     our_file,
 )
-from execenv.targets import CommandTarget, LocalTarget, WebsocketTarget
+from execenv.targets import CommandTarget, LocalTarget, RelayTarget, WebsocketTarget
 
 URL = "ws://127.0.0.1:8765"
 SECRET = "hush-hush"
@@ -121,18 +123,97 @@ def test_noise_variables_are_there_all_or_none(
     assert SECRET not in str(caught.value)
 
 
-def test_noise_environment_is_refused_and_not_replaced_by_another(
-    home: Path, monkeypatch: pytest.MonkeyPatch
+NOISE = ("https://registry.example/base/", "env_1", SECRET)
+
+
+def set_noise(monkeypatch: pytest.MonkeyPatch, *values: str, account: str | None = None) -> None:
+    for name, value in zip(NOISE_VARIABLES, values, strict=True):
+        monkeypatch.setenv(name, value)
+    if account is not None:
+        monkeypatch.setenv(NOISE_ACCOUNT, account)
+
+
+@pytest.mark.parametrize(
+    ("account", "known"), [(None, None), ("", None), (" ", None), (" an-account ", "an-account")]
+)
+def test_noise_variables_are_one_environment_and_come_before_the_rest_of_codex(
+    home: Path, monkeypatch: pytest.MonkeyPatch, account: str | None, known: str | None
 ) -> None:
     write_codex(home, entry("a"))
     monkeypatch.setenv(CODEX_URL, URL)
-    for name in NOISE_VARIABLES:
-        monkeypatch.setenv(name, SECRET)
-    with pytest.raises(ConfigError, match="this version cannot use") as caught:
-        load_snapshot()
-    assert SECRET not in str(caught.value)
+    set_noise(monkeypatch, *(f" {value}\n" for value in NOISE), account=account)
+    loaded = load_snapshot()
+    target = RelayTarget(
+        "https://registry.example/base", "env_1", bearer_token_env=NOISE_VARIABLES[2], account_id=known
+    )
+    assert loaded == Loaded(Snapshot((("remote", target),), "remote", False), "CODEX_EXEC_SERVER_NOISE_*")
+    assert target.security == "noise"
+    assert SECRET not in repr(loaded)
     monkeypatch.setenv(OUR_URL, URL)
     assert load_snapshot().source == OUR_URL
+
+
+def test_token_of_the_noise_variables_is_read_when_it_is_wanted(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_noise(monkeypatch, *NOISE)
+    target = named_target("remote")
+    assert isinstance(target, RelayTarget)
+    assert target.read_token() == SECRET
+    monkeypatch.setenv(NOISE_VARIABLES[2], "another")
+    assert target.read_token() == "another"
+    monkeypatch.delenv(NOISE_VARIABLES[2])
+    with pytest.raises(ConnectFailed, match=NOISE_VARIABLES[2]):
+        target.read_token()
+
+
+def test_account_alone_is_no_environment(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(NOISE_ACCOUNT, "an-account")
+    assert load_snapshot().snapshot is LOCAL_ONLY
+
+
+@pytest.mark.parametrize(
+    ("number", "value", "words"),
+    [
+        (0, f"https://u:{SECRET}@h", "names a user"),
+        (0, f"https://h/?{SECRET}", "has a query"),
+        (0, "http://h.example", "this machine alone"),
+        (0, "h.example", "https:// URL"),
+        (1, "a/b", "only ASCII letters, digits, - and _"),
+        (1, "e" * 257, "256 characters at most"),
+        (3, f"{SECRET}\n{SECRET}", "cannot stand in a header"),
+    ],
+)
+def test_noise_variable_that_cannot_be_used_is_named_and_nothing_else_is_used_instead(
+    home: Path, monkeypatch: pytest.MonkeyPatch, number: int, value: str, words: str
+) -> None:
+    write_codex(home, entry("a"))
+    monkeypatch.setenv(CODEX_URL, URL)
+    set_noise(monkeypatch, *NOISE)
+    name = (*NOISE_VARIABLES, NOISE_ACCOUNT)[number]
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_snapshot()
+    assert (caught.value.key, name in str(caught.value)) == (name, True)
+    assert SECRET not in str(caught.value)
+
+
+def test_url_of_ours_may_be_that_of_a_relay_and_that_of_codex_is_a_websocket(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "relay+https://registry.example/base/env_1"
+    monkeypatch.setenv(CODEX_URL, url)
+    assert load_snapshot().snapshot == remote(url)
+    monkeypatch.setenv(OUR_URL, f" {url} ")
+    target = RelayTarget("https://registry.example/base", "env_1")
+    assert load_snapshot() == Loaded(Snapshot((("remote", target),), "remote", False), OUR_URL)
+    monkeypatch.setenv("EXECENV_TOKEN", SECRET)
+    assert named_target("remote") == evolve(target, bearer_token_env="EXECENV_TOKEN")
+    monkeypatch.setenv(OUR_URL, f"relay+https://registry.example/?{SECRET}")
+    with pytest.raises(ConfigError, match=OUR_URL) as caught:
+        load_snapshot()
+    assert caught.value.key == OUR_URL
+    assert SECRET not in str(caught.value)
 
 
 # Precedence.

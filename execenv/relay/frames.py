@@ -144,6 +144,12 @@ def decode(data: bytes) -> Frame:
     Raises:
         InvalidFrame: in the order of §3.1.
     """
+    message = _parsed(data)
+    stream_id = message.stream_id
+    return Frame(stream_id, _body(message, stream_id), message.ack, message.ack_bits)
+
+
+def _parsed(data: bytes) -> RelayMessageFrame:
     try:
         message = RelayMessageFrame.FromString(data)
     except DecodeError:
@@ -155,7 +161,7 @@ def decode(data: bytes) -> Frame:
         raise InvalidFrame("its stream id is blank")
     if stream_id != stream_id.strip() or len(stream_id.encode()) > MAX_STREAM_ID:
         raise InvalidFrame(f"its stream id has blanks around it, or more than {MAX_STREAM_ID} bytes")
-    return Frame(stream_id, _body(message, stream_id), message.ack, message.ack_bits)
+    return message
 
 
 def _body(message: RelayMessageFrame, stream_id: str) -> Body:
@@ -185,10 +191,14 @@ def _body(message: RelayMessageFrame, stream_id: str) -> Body:
     raise InvalidFrame("it has no body", stream_id)
 
 
-def stream_of(data: bytes) -> str:
-    """Whose frame `data` is, for who only passes it on; the rest is not looked at.
+def routing_of(data: bytes) -> tuple[str, bool]:
+    """Whose frame `data` is, and whether it is a reset, for who only passes it on. The body is not checked.
+
+    All of it is parsed (measured: 0.5 µs, and 3 µs for 60 KiB): of a stream id that is there twice the last
+    one counts, at both ends too, so who reads only the beginning can be led astray.
 
     Raises:
         InvalidFrame: if that cannot be told.
     """
-    return decode(data).stream_id
+    message = _parsed(data)
+    return message.stream_id, message.HasField("reset")

@@ -37,9 +37,14 @@ class LinkEnd(ABC):
     def received(self, frame: bytes) -> None:
         """The other end has sent a frame. It is queued for the socket of this end."""
 
+    @property
+    @abstractmethod
+    def congested(self) -> bool:
+        """Whether the socket of this end has enough waiting; False when it has ended."""
+
     @abstractmethod
     async def wait_room(self) -> None:
-        """Wait until the socket of this end takes more; returns at once when it has ended."""
+        """Wait until this end is not congested."""
 
     @abstractmethod
     def closed(self, reason: str) -> None:
@@ -70,7 +75,8 @@ class Link(ABC):
 
 
 Accept = Callable[[Link], LinkEnd]
-"""How an executor's socket takes a new link: gets its side of it, and gives its end."""
+"""How an executor's socket takes a new link: gets its side of it, and gives its end. `Offline` if it takes
+none any more."""
 
 
 class Exchange(ABC):

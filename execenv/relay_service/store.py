@@ -82,11 +82,12 @@ class Store(ABC):
         """The secret that URLs are signed with, the same for all nodes; made at the first call."""
 
     @abstractmethod
-    async def add_token(self, token: TokenRecord) -> None: ...
+    async def add_token(self, token: TokenRecord) -> None:
+        """Remember a token; one of the same id is replaced."""
 
     @abstractmethod
     async def token(self, token_id: str) -> TokenRecord | None:
-        """One that was neither revoked nor has expired long ago."""
+        """One that was neither revoked nor has expired long ago: `expires` is for the caller to look at."""
 
     @abstractmethod
     async def tokens(self) -> Sequence[TokenRecord]:
@@ -114,7 +115,8 @@ class Store(ABC):
 
     @abstractmethod
     async def use_once(self, nonce: str, expires: float, now: float) -> bool:
-        """Whether this is the first use of a nonce (of a signed URL). Remembered until it expires."""
+        """Whether this is the first use of a nonce (of a signed URL). Remembered until it expires; False
+        from then on."""
 
     @abstractmethod
     async def ping(self) -> None:
@@ -122,3 +124,7 @@ class Store(ABC):
 
 
 SUPERSEDED_FOR = 24 * 3600.0
+"""Seconds that an executor's key is refused after another one took its place."""
+
+EXPIRED_TOKENS_KEPT = 30 * 24 * 3600.0
+"""Seconds that an expired token is still listed, so that its owner sees why it is refused."""

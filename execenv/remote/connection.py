@@ -149,6 +149,9 @@ class RemoteEnvironment(EnvironmentBackend):
     def still_disconnected(self, session: Session, error: ConnectionLost) -> None:
         self.status.set("recovering", error)
 
+    def undisturbed(self, session: Session) -> None:
+        self.status.set("connected")
+
     def failed(self, session: Session, error: ConnectionLost) -> None:
         self.processes.session_lost(session, error)
         if not self._closing and session.session_id:
@@ -212,6 +215,8 @@ class RemoteEnvironment(EnvironmentBackend):
                     raise
                 assert session.peer is not None
                 peer = session.peer
+            if peer.channel.interrupted:
+                refuse_to_wait(tries.outcome if tries is not None else "not sent")
             try:
                 return await use(peer)
             except ConnectionLost as error:

@@ -109,6 +109,8 @@ class Owner(Protocol):
 
     def still_disconnected(self, session: Session, error: ConnectionLost) -> None: ...
 
+    def undisturbed(self, session: Session) -> None: ...
+
     def failed(self, session: Session, error: ConnectionLost) -> None: ...
 
 
@@ -150,6 +152,8 @@ class Session:
         self._closing = False
         self._attempt = trio.CancelScope()
         self._connected_at = -math.inf
+        self._lost_at = 0.0
+        self._server: bytes | None = None  # who the server has proved to be, if it can
         self._used = False
         self._changed = trio.lowlevel.ParkingLot()
 
@@ -203,6 +207,8 @@ class Session:
                 raise again(self.lost, outcome)
             refuse_to_wait(outcome)
             await self._changed.park()
+        if self.peer.channel.interrupted:
+            refuse_to_wait(outcome)
         return self.peer
 
     async def call(self, method: Method[P, R], params: P, *, repeat: bool = True) -> R:
@@ -257,8 +263,14 @@ class Session:
             ConnectFailed: if it could not be made.
         """
         async with self._dial() as channel:
+            if resume is not None and self._server is not None and channel.identity != self._server:
+                raise ConnectFailed(
+                    "executor key changed during session recovery", retryable=False
+                )  # and no session id is told to somebody else (environments.md §1.7)
+            self._server = channel.identity
             peer = Peer(channel, notifications=self._notifications)
             peer.on_end = lambda: self._disconnected(peer)
+            channel.on_interrupted = lambda: self._interrupted(peer)
             async with open_nursery() as nursery:
                 nursery.start_soon(self._shake_hands, peer, resume)
                 await peer.run()
@@ -294,8 +306,18 @@ class Session:
         self._owner.connected(self)
         self._changed.unpark_all()
 
+    def _interrupted(self, peer: Peer) -> None:
+        if self.peer is peer:
+            if peer.channel.interrupted:
+                self._owner.still_disconnected(self, peer.channel.interruption())
+            else:
+                self._owner.undisturbed(self)
+
     def _disconnected(self, peer: Peer) -> None:
         if self.peer is peer:
+            channel = peer.channel
+            # The time that a channel has tried by itself is part of the time there is.
+            self._lost_at = channel.interrupted_at if channel.interrupted else trio.current_time()
             self.peer = None
             self._used = peer.answered > 1  # the handshake is one
             self._owner.disconnected(self, peer.channel.lost("unknown"))
@@ -303,7 +325,7 @@ class Session:
 
     async def _recover(self, loss: ConnectionLost, recovery: Recovery, delay: float) -> ConnectionLost:
         """Make the connection again and hold it until it is lost too; or give the session up."""
-        give_up = trio.current_time() + recovery.deadline
+        give_up = self._lost_at + recovery.deadline
         last: Exception | None = None
         while True:
             with trio.CancelScope(deadline=give_up) as self._attempt:

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from execenv.errors import ConnectionLost, Outcome
+from execenv.errors import ConnectionLost, NotSupported, Outcome
 
 DEFAULT_MAX_MESSAGE = 64 * 1024 * 1024
 """What a server takes as one message, in bytes (protocol.md §11). There is no limit on what it sends."""
@@ -23,6 +23,10 @@ HIGH_WATER = 256 * 1024
 
 ANSWER_LIMIT = 64 * 1024 * 1024
 """Above this many queued bytes nothing more is read: the peer asks and asks and takes no answer."""
+
+
+class MessageTooLong(NotSupported):
+    """The channel takes no message of that size. Nothing of it was sent, and the channel goes on."""
 
 
 SendPart = Callable[[bytes], Awaitable[None]]
@@ -40,6 +44,14 @@ class Channel(ABC):
     def __init__(self, label: str) -> None:
         self.label = label
         self.loss = ""
+        self.identity: bytes | None = None
+        """Who the peer has proved to be; `None` where it proves nothing."""
+        self.interrupted = ""
+        """Why nothing is sent or received for the time being, on a channel that may come back by itself."""
+        self.interrupted_at = 0.0
+        """When it was interrupted last."""
+        self.on_interrupted: Callable[[], object] = lambda: None
+        """Called when `interrupted` has changed."""
         self.settle: Callable[[], Awaitable[None]] | None = None
         """Called when the peer will send no more, before the channel ends: a moment for the last answers."""
         self.queued = 0
@@ -59,6 +71,7 @@ class Channel(ABC):
         """Queue one message, whose bytes are all `parts` in a row. Never blocks.
 
         Raises:
+            MessageTooLong: if the channel has a limit.
             ConnectionLost: if the channel has ended.
         """
 
@@ -89,6 +102,8 @@ class Channel(ABC):
         try:
             yield send
             end()
+        except MessageTooLong:
+            raise
         except BaseException:
             self.close_nowait(1011, "a message could not be finished")
             raise
@@ -121,6 +136,10 @@ class Channel(ABC):
         """The error for whoever still wants something of this channel, or wanted it."""
         reason = f": {self.loss}" if self.loss else ""
         return ConnectionLost(f"exec-server transport disconnected{reason}", outcome)
+
+    def interruption(self) -> ConnectionLost:
+        """The error of a channel that is interrupted: what was sent may have been done."""
+        return ConnectionLost(f"exec-server transport disconnected: {self.interrupted}", "unknown")
 
     def _sent(self, count: int) -> None:
         self.queued -= count

@@ -231,9 +231,18 @@ class StdioServer:
     env: Mapping[str, str] = field(factory=dict)
 
 
+@frozen
+class NoiseEnvironment:
+    """An environment of a registry, which codex reaches over a relay, encrypted."""
+
+    registry_url: str
+    environment_id: str
+    token: str
+
+
 async def run_codex(
     codex: Path,
-    exec_server: str | StdioServer,
+    exec_server: str | StdioServer | NoiseEnvironment,
     turns: Iterable[Turn],
     *,
     cwd: Path,
@@ -245,15 +254,20 @@ async def run_codex(
     """Run `codex exec` in `cwd` with a model that follows `turns` and the tools on `exec_server`.
 
     **Output** is captured. **Error checking**: none, a codex that fails has a `returncode` and a `stderr`.
-    **Cancellation** kills codex and everything it has started. `exec_server` is a websocket URL or a program;
-    `home` gets codex's home and temporary folders, new ones; `mark` is put on codex and on what it starts;
-    `extra_config` is added to the end of config.toml, and `permissions` to the command line.
+    **Cancellation** kills codex and everything it has started. `exec_server` is a websocket URL, a program,
+    or an environment of a registry; `home` gets codex's home and temporary folders, new ones; `mark` is put
+    on codex and on what it starts; `extra_config` is added to the end of config.toml, and `permissions` to
+    the command line.
     """
     async with serve_responses(turns) as model:
         env = _environment(home) | mark.env
         _write_config(Path(env["CODEX_HOME"]), model.url, extra_config)
         if isinstance(exec_server, str):
             env["CODEX_EXEC_SERVER_URL"] = exec_server
+        elif isinstance(exec_server, NoiseEnvironment):
+            env["CODEX_EXEC_SERVER_NOISE_REGISTRY_URL"] = exec_server.registry_url
+            env["CODEX_EXEC_SERVER_NOISE_ENVIRONMENT_ID"] = exec_server.environment_id
+            env["CODEX_EXEC_SERVER_NOISE_AUTH_TOKEN"] = exec_server.token
         else:
             _write_environments(Path(env["CODEX_HOME"]), exec_server)
         argv = [str(codex), "exec", "--skip-git-repo-check", *permissions]
@@ -286,6 +300,30 @@ async def real_exec_server(codex: Path, home: Path, env: Mapping[str, str]) -> A
     argv = [str(codex), "exec-server", "--listen", "ws://127.0.0.1:0"]
     async with websocket_server(argv, home, env) as server:
         yield server
+
+
+@asynccontextmanager
+async def real_executor(
+    codex: Path, home: Path, registry_url: str, environment_id: str
+) -> AsyncIterator[ProcessMark]:
+    """Run codex's own exec-server as the executor of an environment, with `sk-test` for its API key.
+
+    It is killed with all that it has started when the block is left. Its standard error is in
+    `home`/executor.log.
+    """
+    mark = ProcessMark()
+    argv = [str(codex), "exec-server", "--remote", registry_url, "--environment-id", environment_id]
+    env = {**_environment(home), **mark.env, "CODEX_API_KEY": "sk-test"}
+    with (home / "executor.log").open("wb") as stderr:
+        process = await trio.lowlevel.open_process(
+            argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr
+        )
+    try:
+        yield mark
+    finally:
+        with trio.CancelScope(shield=True):
+            mark.kill()
+            await process.wait()
 
 
 @asynccontextmanager
