@@ -22,6 +22,7 @@ from execenv._version import __version__
 if TYPE_CHECKING:
     from execenv._locations import Access, Location, Target
     from execenv.server.auth import Authenticator
+    from execenv.targets import Security
 
 OUR_FAILURE = 125  # as env, docker run and timeout have it: the command itself never ran
 
@@ -75,6 +76,8 @@ Examples:
   execenv serve --listen stdio                   on stdin and stdout, for ssh, docker exec, kubectl exec
   execenv serve --listen ws://0.0.0.0:8765 \\
       --ws-auth capability-token --ws-token-file token
+  execenv serve --remote https://registry.example --allow-registry registry.example \\
+      --environment-id build-1 --api-key-file key
 """
 
 
@@ -243,8 +246,36 @@ cli.add_command(relay)
     metavar="BYTES",
     help="How much output of each process is kept for a client that comes back.",
 )
+@click.option(
+    "--remote",
+    metavar="URL",
+    help="Listen nowhere: register at the registry with this URL, and serve who comes by its relay.",
+)
+@click.option("--environment-id", metavar="ID", help="--remote: what the registry is to call this.")
+@click.option("--name", metavar="NAME", help="--remote: a name for logs.  [default: that of this machine]")
+@click.option(
+    "--remote-transport",
+    type=click.Choice(["noise", "clear"]),
+    default="noise",
+    show_default=True,
+    help="--remote: encrypted from end to end; or in clear text, that the relay can read and change.",
+)
+@click.option(
+    "--api-key-file",
+    metavar="PATH",
+    help="--remote: the file that holds the API key.  [default: EXECENV_API_KEY, else CODEX_API_KEY]",
+)
+@click.option("--api-key-stdin", is_flag=True, help="--remote: the API key is what stdin has to say.")
+@click.option(
+    "--allow-registry",
+    multiple=True,
+    metavar="HOST[:PORT]",
+    help="--remote: a registry of one's own, by https, that may see the API key. May be given several times.",
+)
 @_debug_option
+@click.pass_context
 def serve(
+    context: click.Context,
     listen: str,
     ws_auth: str | None,
     ws_token_file: str | None,
@@ -256,12 +287,19 @@ def serve(
     detached_ttl: str,
     max_message: int,
     retain: int,
+    remote: str | None,
+    environment_id: str | None,
+    name: str | None,
+    remote_transport: Security,
+    api_key_file: str | None,
+    api_key_stdin: bool,
+    allow_registry: tuple[str, ...],
     debug: bool,
 ) -> None:
     """Offer this machine to clients of the exec-server protocol, such as execenv itself and codex.
 
-    With a websocket the first line on stdout is its URL. SIGTERM and SIGINT end the server and all
-    processes that it started.
+    With a websocket the first line on stdout is its URL; with --remote the only one is "registered ID at
+    URL", once it is connected. SIGTERM and SIGINT end the server and all processes that it started.
     """
     # Until Trio has its own handlers a signal ends us here; nothing was started yet.
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -276,6 +314,28 @@ def serve(
         "clock_skew": ws_max_clock_skew_seconds,
     }
     wants_auth = ws_auth is not None or any(value is not None for value in auth_options.values())
+    given = {option for option in context.params if _is_given(context, option)}
+    if remote is not None:
+        if wants_auth or "listen" in given:
+            raise click.ClickException("--remote takes no --listen and no --ws-*: nothing listens here")
+        from execenv import _serve_remote_command as relay
+        from execenv.server import DetachedTtl
+
+        options = relay.RemoteOptions(
+            remote, environment_id, name, remote_transport, api_key_file, api_key_stdin, allow_registry
+        )
+        _run_server(
+            debug,
+            "serve_remote",
+            max_message=max_message,
+            detached_ttl=DetachedTtl(**ttl),
+            retained_bytes=retain,
+            **relay.arguments(options),
+        )
+        return
+    unused = given & {"remote_transport", "api_key_file", "api_key_stdin", "allow_registry"}
+    if unused:
+        raise click.ClickException(f"--{min(unused).replace('_', '-')} is for --remote URL")
     if listen in ("stdio", "stdio://"):
         if wants_auth:
             raise click.ClickException("--ws-* options are for websockets: stdio has whoever started it")
@@ -303,6 +363,11 @@ def serve(
         detached_ttl=DetachedTtl(**ttl),
         retained_bytes=retain,
     )
+
+
+def _is_given(context: click.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source is not click.core.ParameterSource.DEFAULT
 
 
 def _run_server(debug: bool, name: str, *args: Any, **options: Any) -> None:

@@ -237,7 +237,8 @@ class FakeRendezvous:
     """Refuses, closes or keeps websockets, as it is told; the last of `plan` again and again.
 
     Attributes:
-        plan: the status of a refusal; 101 to keep the socket; or the code of a close at once.
+        plan: the status of a refusal; 101 to keep the socket, 102 to keep it
+            and never read it; or the code of a close at once.
         sockets: those that were kept.
         texts: what came on them.
     """
@@ -269,10 +270,12 @@ class FakeRendezvous:
             self.heads.append(head)
             step = self.plan.pop(0) if len(self.plan) > 1 else self.plan[0]
             self._change()
-            if step != 101 and step < 1000:
+            if step not in (101, 102) and step < 1000:
                 await send_refusal(stream, Refusal(step, f"not with {head.query}"))
                 return
             channel = await websocket.accept(stream, head.raw, head.leftover, "executor", binary=True)
+            if step == 102:
+                await trio.sleep_forever()
             if step != 101:
                 channel.close_nowait(step, "so it was told")
                 await channel.run(lambda message: None)

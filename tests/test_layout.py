@@ -74,6 +74,7 @@ LAYERS = (
         "_relay_commands",
         "_run_command",
         "_sandboxed",
+        "_serve_remote_command",
         "_standard_streams",
         "_tables",
         "cli",

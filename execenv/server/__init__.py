@@ -1,24 +1,44 @@
-"""Offering an environment to others: `serve_websocket` and `serve_stdio`, which run until cancelled."""
+"""Offering an environment to others: `serve_websocket`, `serve_remote` and `serve_stdio`, which run until
+cancelled."""
 
 from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
+from importlib import import_module
+from logging import getLogger
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from execenv._service import service
+from execenv.errors import UsageError
 from execenv.local import open_guard, open_local
 from execenv.local.output_log import RETAINED_BYTES
 from execenv.server.auth import Authenticator
+from execenv.server.connection import ServerConnection
 from execenv.server.listen import Listener, serve_channel
 from execenv.server.sessions import DETACHED_TTL, DetachedTtl, Sessions, open_sessions
-from execenv.transports.channel import DEFAULT_MAX_MESSAGE
+from execenv.targets import Security, shown_url
+from execenv.transports.channel import DEFAULT_MAX_MESSAGE, Channel
 
-__all__ = ["DetachedTtl", "open_local_sessions", "run_until_signalled", "serve_stdio", "serve_websocket"]
+if TYPE_CHECKING:
+    from execenv.relay.executor import ServeStream
+    from execenv.relay.rendezvous import SocketRunner
+
+logger = getLogger(__name__)
+
+__all__ = [
+    "DetachedTtl",
+    "open_local_sessions",
+    "run_until_signalled",
+    "serve_remote",
+    "serve_stdio",
+    "serve_websocket",
+]
 
 
 @asynccontextmanager
@@ -60,6 +80,81 @@ async def serve_websocket(
         detached_ttl=detached_ttl, retained_bytes=retained_bytes, whole_program=whole_program
     ) as sessions:
         await Listener(sessions, auth=auth, max_message=max_message).serve([listener])
+
+
+async def serve_remote(
+    registry_url: str,
+    environment_id: str,
+    *,
+    headers: Callable[[], Mapping[str, str]],
+    security: Security = "noise",
+    name: str = "execenv",
+    connected: Callable[[str], None] = lambda url: None,
+    max_message: int = DEFAULT_MAX_MESSAGE,
+    detached_ttl: DetachedTtl | float = DETACHED_TTL,
+    retained_bytes: int = RETAINED_BYTES,
+    whole_program: bool = False,
+) -> None:
+    """Serve this machine by a relay, where it cannot be connected to. Runs until cancelled.
+
+    Keys are made once for each call, and each stream of the relay has a session of its own.
+
+    Args:
+        registry_url: the base URL of the registry.
+        environment_id: what the registry is to call this machine.
+        headers: what the registry is shown at every request, such as
+            `execenv.relay.credentials.api_key_headers` gives: that decides whether it may be.
+        security: `"noise"`: encrypted from end to end; `"clear"`: the relay can read and change everything.
+        name: for logs.
+        connected: called at every connect to the relay, with its URL for people.
+        max_message: the largest message taken from a client, in bytes.
+        detached_ttl, retained_bytes, whole_program: see `serve_websocket`.
+
+    Raises:
+        ExecenvError: if the registration fails for good, or a newer executor takes over; see
+            `execenv.relay.rendezvous.serve_rendezvous`.
+        UsageError: if an argument cannot be, or what the relay needs is not installed.
+    """
+    from execenv.relay.registry import check_environment_id, open_registry
+    from execenv.relay.rendezvous import open_socket, serve_rendezvous
+
+    check_environment_id(environment_id)
+    identity = _new_identity() if security == "noise" else None
+    async with (
+        open_registry(registry_url, headers=headers) as registry,
+        open_local_sessions(
+            detached_ttl=detached_ttl, retained_bytes=retained_bytes, whole_program=whole_program
+        ) as sessions,
+    ):
+
+        async def serve(channel: Channel) -> None:
+            await ServerConnection(channel, sessions, detachable=True).run()
+
+        async with _open_streams(serve, identity) as streams:
+            logger.info("%s is to be %s at %s", name, environment_id, shown_url(registry_url))
+            await serve_rendezvous(
+                registry,
+                environment_id,
+                streams,
+                key=None if identity is None else identity.public,
+                connected=connected,
+                open_socket=partial(open_socket, max_message=max_message),
+            )
+
+
+def _new_identity() -> Any:
+    return import_module("execenv.relay.noise").Identity.generate()
+
+
+def _open_streams(serve: ServeStream, identity: Any) -> AbstractAsyncContextManager[SocketRunner]:
+    try:
+        executor = import_module("execenv.relay.executor")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("google"):
+            raise
+        raise UsageError("a relay needs protobuf: pip install 'execenv[noise]'") from error
+    streams: AbstractAsyncContextManager[SocketRunner] = executor.open_streams(serve, identity=identity)
+    return streams
 
 
 async def serve_stdio(
