@@ -15,7 +15,7 @@ from execenv.errors import ConnectFailed
 from execenv.relay.frames import Data, Frame, Handshake, InvalidFrame, Resume
 from execenv.relay.keys import PublicKey
 from execenv.relay.noise import Identity, Initiator, NoiseFailed, prologue
-from execenv.relay.registry import Bundle, Registry, open_registry, registry_pause
+from execenv.relay.registry import Bundle, Registry, RegistryFailed, open_registry, registry_pause
 from execenv.relay.reliable import Reliable, StreamBroken, Window
 from execenv.relay.streams import Cipher, RelaySocket, RelayStream
 from execenv.targets import RelayTarget, WebsocketTarget, shown_registry, shown_url
@@ -293,13 +293,29 @@ class RelayDialer:
         return headers
 
     async def _open(self, registry: Registry, known: PublicKey | None) -> tuple[Bundle, WebsocketChannel]:
-        """A fresh bundle and its websocket: parts of two bundles are never mixed (relay.md §1.4)."""
-        try:
-            return await self._open_once(registry, known)
-        except HandshakeRefused as error:
-            if error.status != 401:
-                raise
-        return await self._open_once(registry, known)  # that bundle was used up, or too old
+        """A fresh bundle and its websocket: parts of two bundles are never mixed (relay.md §1.4).
+
+        An executor that is just being connected again, or a relay that is busy, is waited for, as long as a
+        connection may take.
+        """
+        give_up = trio.current_time() + self._target.connect_timeout
+        tries = 0
+        used_up = False
+        while True:
+            try:
+                return await self._open_once(registry, known)
+            except HandshakeRefused as error:
+                again = error.retryable or (error.status == 401 and not used_up)
+                used_up = used_up or error.status == 401
+                failed: ConnectFailed = error
+            except RegistryFailed as error:
+                again = error.retryable and error.status is not None
+                failed = error
+            pause = registry_pause(tries)
+            if not again or trio.current_time() + pause > give_up:
+                raise failed
+            await trio.sleep(pause)
+            tries += 1
 
     async def _open_once(
         self, registry: Registry, known: PublicKey | None

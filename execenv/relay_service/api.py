@@ -214,7 +214,7 @@ class Registry:
         key = _key(members, "harness_public_key") if members else None
         registration = await self._store.registration(environment_id)
         if registration is None:
-            raise Denied(404, "environment_offline", "no executor has registered this environment")
+            raise Denied(409, "environment_offline", "no executor has registered this environment")
         presence = await self._exchange.presence(environment_id)
         # One with another registration is about to be replaced: a bundle for it would lead nowhere.
         if presence is None or presence.registration_id != registration.registration_id:

@@ -74,7 +74,7 @@ class Rendezvous:
         token = await self._gate.admit(caller, authorization)
         registration = await self._store.registration(caller.environment)
         if registration is None:
-            raise Denied(404, "environment_offline", "no executor has registered this environment")
+            raise Denied(409, "environment_offline", "no executor has registered this environment")
         check_profile(registration, noise=False, settings=self._settings)
         return self._admission("harness", registration, token.token_id, "", "", 0.0)
 
