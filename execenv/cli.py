@@ -318,10 +318,10 @@ def serve(
     if remote is not None:
         if wants_auth or "listen" in given:
             raise click.ClickException("--remote takes no --listen and no --ws-*: nothing listens here")
-        from execenv import _serve_remote_command as relay
+        from execenv import _serve_remote_command
         from execenv.server import DetachedTtl
 
-        options = relay.RemoteOptions(
+        options = _serve_remote_command.RemoteOptions(
             remote, environment_id, name, remote_transport, api_key_file, api_key_stdin, allow_registry
         )
         _run_server(
@@ -330,7 +330,7 @@ def serve(
             max_message=max_message,
             detached_ttl=DetachedTtl(**ttl),
             retained_bytes=retain,
-            **relay.arguments(options),
+            **_serve_remote_command.arguments(options),
         )
         return
     unused = given & {"remote_transport", "api_key_file", "api_key_stdin", "allow_registry"}
@@ -370,7 +370,7 @@ def _is_given(context: click.Context, option: str) -> bool:
     return source is not None and source is not click.core.ParameterSource.DEFAULT
 
 
-def _run_server(debug: bool, name: str, *args: Any, **options: Any) -> None:
+def _run_server(debug: bool, name: str, /, *args: Any, **options: Any) -> None:
     import gc
     from functools import partial
 

@@ -6,16 +6,13 @@ from __future__ import annotations
 import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from functools import partial
-from importlib import import_module
 from logging import getLogger
-from typing import TYPE_CHECKING, Any
 
 import trio
 
 from execenv._service import service
-from execenv.errors import UsageError
 from execenv.local import open_guard, open_local
 from execenv.local.output_log import RETAINED_BYTES
 from execenv.server.auth import Authenticator
@@ -24,10 +21,6 @@ from execenv.server.listen import Listener, serve_channel
 from execenv.server.sessions import DETACHED_TTL, DetachedTtl, Sessions, open_sessions
 from execenv.targets import Security, shown_url
 from execenv.transports.channel import DEFAULT_MAX_MESSAGE, Channel
-
-if TYPE_CHECKING:
-    from execenv.relay.executor import ServeStream
-    from execenv.relay.rendezvous import SocketRunner
 
 logger = getLogger(__name__)
 
@@ -115,11 +108,16 @@ async def serve_remote(
             `execenv.relay.rendezvous.serve_rendezvous`.
         UsageError: if an argument cannot be, or what the relay needs is not installed.
     """
+    from execenv.relay.extras import require_extra
+
+    require_extra(security)
+    from execenv.relay.executor import open_streams
+    from execenv.relay.noise import Identity
     from execenv.relay.registry import check_environment_id, open_registry
     from execenv.relay.rendezvous import open_socket, serve_rendezvous
 
     check_environment_id(environment_id)
-    identity = _new_identity() if security == "noise" else None
+    identity = Identity.generate() if security == "noise" else None
     async with (
         open_registry(registry_url, headers=headers) as registry,
         open_local_sessions(
@@ -130,7 +128,7 @@ async def serve_remote(
         async def serve(channel: Channel) -> None:
             await ServerConnection(channel, sessions, detachable=True).run()
 
-        async with _open_streams(serve, identity) as streams:
+        async with open_streams(serve, identity=identity, max_message=max_message) as streams:
             logger.info("%s is to be %s at %s", name, environment_id, shown_url(registry_url))
             await serve_rendezvous(
                 registry,
@@ -140,21 +138,6 @@ async def serve_remote(
                 connected=connected,
                 open_socket=partial(open_socket, max_message=max_message),
             )
-
-
-def _new_identity() -> Any:
-    return import_module("execenv.relay.noise").Identity.generate()
-
-
-def _open_streams(serve: ServeStream, identity: Any) -> AbstractAsyncContextManager[SocketRunner]:
-    try:
-        executor = import_module("execenv.relay.executor")
-    except ModuleNotFoundError as error:
-        if not (error.name or "").startswith("google"):
-            raise
-        raise UsageError("a relay needs protobuf: pip install 'execenv[noise]'") from error
-    streams: AbstractAsyncContextManager[SocketRunner] = executor.open_streams(serve, identity=identity)
-    return streams
 
 
 async def serve_stdio(
