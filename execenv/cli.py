@@ -772,8 +772,8 @@ def show_environment(name: str | None, as_json: bool, debug: bool) -> None:
 @click.option(
     "--security",
     type=click.Choice(["noise", "clear"]),
-    help="Relay URL: 'clear' for no encryption between the ends: whoever has the relay can read and change "
-    "everything. Both ends have to be told (noise).",
+    help="Relay URL: encrypted from end to end (noise), or in clear text, which whoever has the relay can "
+    "read and change; the other end has to be told so too.  [default: noise]",
 )
 @click.option("--account-id", metavar="ID", help="Relay URL: sent to the registry with the token.")
 @click.option("--connect-timeout", type=float, metavar="SECONDS", help="URL: for the websocket (10).")

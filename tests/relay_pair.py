@@ -67,7 +67,7 @@ class Rendezvous:
     async def _run_executor(self, channel: MemoryChannel) -> None:
         def receive(data: bytes) -> None:
             if self._passes("down", data):
-                stream_id = frames.stream_of(data)
+                stream_id = frames.routing_of(data)[0]
                 harness = self._streams.get(stream_id)
                 if harness is None:
                     self._disconnected(stream_id)
@@ -82,7 +82,7 @@ class Rendezvous:
     async def _run_harness(self, channel: MemoryChannel) -> None:
         def receive(data: bytes) -> None:
             if self._passes("up", data):
-                self._streams[frames.stream_of(data)] = channel
+                self._streams[frames.routing_of(data)[0]] = channel
                 if self.executor is not None:
                     _send(self.executor, data)
 

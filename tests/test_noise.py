@@ -850,7 +850,7 @@ def test_missing_library_is_told_with_the_first_key(missing: str, key: str) -> N
         """
     )
     reason, error = shown.splitlines()
-    assert re.search(r"cryptography is not installed, or too old", reason)
+    assert re.search(r"cryptography is (not installed|too old)", reason)
     assert error == f"{reason}: pip install 'execenv[noise]'"
 
 
@@ -859,9 +859,5 @@ def test_library_without_mlkem_is_told_with_the_first_key(monkeypatch: pytest.Mo
         raise UnsupportedAlgorithm("no")
 
     monkeypatch.setattr(MLKEM768PrivateKey, "generate", generate)
-    noise_available.cache_clear()
-    try:
-        with pytest.raises(UsageError, match=r"has no ML-KEM-768.*pip install 'execenv\[noise\]'"):
-            Identity.generate()
-    finally:
-        noise_available.cache_clear()
+    with pytest.raises(UsageError, match=r"has no ML-KEM.*pip install 'execenv\[noise\]'"):
+        Identity.generate()

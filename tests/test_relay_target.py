@@ -24,7 +24,8 @@ from execenv._doctor_command import examine
 from execenv.local import open_local
 from execenv.open import open_environment
 from execenv.relay import extras, harness
-from execenv.relay.extras import noise_problem, relay_problem, require_extra
+from execenv.relay.extras import relay_problem, require_extra
+from execenv.relay.noise import noise_available
 from execenv.targets import (
     check_target,
     environment_id_problem,
@@ -268,7 +269,7 @@ def dialled(monkeypatch: pytest.MonkeyPatch) -> Dialled:
             return dialled.dial(self._target)
 
     monkeypatch.setattr(harness, "RelayDialer", Dialer)
-    monkeypatch.setattr(harness, "dial_clear", dialled.dial)
+    monkeypatch.setattr(harness, "dial_clear", lambda target, recovery: dialled.dial(target))
     return dialled
 
 
@@ -410,13 +411,13 @@ async def check_missing(target: RelayTarget | WebsocketTarget | str, words: str,
 async def test_without_protobuf_no_relay_is_contacted_and_the_extra_is_named(
     dialled: Dialled, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[pytest.MonkeyPatch], None], words: str
 ) -> None:
-    assert relay_problem() is noise_problem() is None
+    assert relay_problem() is noise_available() is None
     spoil(monkeypatch)
     await check_missing(URL, words, "noise")
     await check_missing(evolve(TARGET, security="clear"), words, "relay")
     await check_missing("ws://h?role=harness", words, "relay")
     assert (dialled.recoveries, dialled.targets) == ([], [])
-    assert noise_problem() is None
+    assert noise_available() is None
 
 
 @pytest.mark.parametrize(("spoil", "words"), NO_NOISE)

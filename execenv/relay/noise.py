@@ -22,7 +22,6 @@ from __future__ import annotations
 import hmac
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from hashlib import sha256
 from io import BytesIO
 from typing import TYPE_CHECKING, NoReturn, TypeAlias
@@ -65,20 +64,22 @@ class MessageTooLong(Exception):
     """A message to be sent is longer than `MAX_MESSAGE`. Nothing of it was cut into records."""
 
 
-@cache
 def noise_available() -> str | None:
-    """Why there can be no Noise here; `None` if there can."""
+    """Why there can be no Noise here; `None` if there can, which is tried."""
     try:
         from cryptography.exceptions import UnsupportedAlgorithm
+    except ImportError:
+        return "cryptography is not installed"
+    try:
         from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
         from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-    except ImportError:
-        return "cryptography is not installed, or too old for ML-KEM"
-    try:
+
         X25519PrivateKey.generate()
         MLKEM768PrivateKey.generate()
+    except ImportError:
+        return "cryptography is too old, it knows no ML-KEM"
     except UnsupportedAlgorithm:
-        return "the library that cryptography was built with has no ML-KEM-768 or no X25519"
+        return "cryptography has no ML-KEM, as the OpenSSL that it was built with has none"
     return None
 
 
