@@ -104,6 +104,10 @@ class Asked:
     def line(self) -> str:
         return self.head.raw.decode().partition("\r\n")[0]
 
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
     def header(self, name: str) -> str | None:
         value = self.head.headers.get(name)
         return None if value is None else value.decode()
