@@ -43,6 +43,12 @@ class LocalExchange(Exchange):
             del self._seats[seat.environment_id]
         seat.leave(reason)
 
+    def lose_seat(self, seat: Seat) -> None:
+        """Tell an executor that a newer one has come elsewhere, and end its links."""
+        if self._seats.get(seat.environment_id) is seat:
+            del self._seats[seat.environment_id]
+        seat.lose()
+
     def connect(self, environment_id: str, end: LinkEnd) -> Link:
         """A harness's side of a new link to an executor that is connected here.
 

@@ -1,0 +1,186 @@
+"""One connection to Redis that comes back by itself, and commands on it.
+
+It is coredis' connection without its client and pool. Those repeat a command whose reply was lost, which
+would use up what may be used once; and their pool loses a place for each caller that is cancelled while it
+connects.
+"""
+
+from __future__ import annotations
+
+import random
+import ssl
+from collections.abc import Callable
+from logging import getLogger
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import trio
+from attrs import frozen
+from coredis.connection import BaseConnection, TCPConnection, TCPLocation
+from coredis.exceptions import AuthenticationError, RedisError, ResponseError
+
+from execenv.errors import UsageError
+from execenv.relay_service.store import StoreUnavailable
+
+logger = getLogger(__name__)
+
+Argument = bytes | str | int
+
+FIRST_BACKOFF = 0.05
+LAST_BACKOFF = 2.0
+
+
+def parse_url(url: str) -> Callable[[float], BaseConnection]:
+    """What makes connections to a Redis, each for replies within some seconds.
+
+    Args:
+        url: `redis://[[user]:password@]host[:port][/database]`, or `rediss://` for TLS, with
+            `?ssl_ca_certs=FILE` for an authority of one's own. The server's name is checked.
+
+    Raises:
+        UsageError: if the URL is not of that form. The text doesn't repeat it, as it may hold a password.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port or 6379
+        database = int(parts.path.strip("/") or "0")
+    except ValueError:
+        raise _bad_url() from None
+    options = parse_qs(parts.query, keep_blank_values=True)
+    authority = options.pop("ssl_ca_certs", [None])[0] if parts.scheme == "rediss" else None
+    if parts.scheme not in ("redis", "rediss") or not parts.hostname or options or parts.fragment:
+        raise _bad_url()
+    context = None
+    if parts.scheme == "rediss":
+        try:
+            context = ssl.create_default_context(cafile=authority)
+        except OSError as error:
+            raise UsageError(f"the certificates in {authority} cannot be used: {error.strerror}") from None
+    location = TCPLocation(parts.hostname, port)
+    username = unquote(parts.username) if parts.username else None
+    password = unquote(parts.password) if parts.password else None
+
+    def make(patience: float) -> BaseConnection:
+        return TCPConnection(
+            location,
+            connect_timeout=patience,
+            stream_timeout=patience,
+            username=username,
+            password=password,
+            db=database,
+            ssl_context=context,
+            socket_keepalive=True,
+        )
+
+    return make
+
+
+def _bad_url() -> UsageError:
+    return UsageError(
+        "the URL of Redis is to be redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE], "
+        "or rediss:// and the same, with ?ssl_ca_certs=FILE if need be"
+    )
+
+
+@frozen
+class _Up:
+    """What coredis tells that the connection has been made."""
+
+    tell: Callable[[], None]
+
+    def started(self, value: Any = None) -> None:
+        self.tell()
+
+
+class Wire:
+    """Commands on one connection, which `run` makes and makes again.
+
+    Args:
+        make: a new connection.
+        patience: seconds for a reply, after which the connection is given up.
+    """
+
+    def __init__(self, make: Callable[[float], BaseConnection], patience: float) -> None:
+        self._make = make
+        self._patience = patience
+        self._connection: BaseConnection | None = None
+        self._up = trio.Event()
+        self._down = trio.Event()
+        self._tried = trio.Event()
+        self._reason = "it was not asked yet"
+
+    async def run(self) -> None:
+        backoff = FIRST_BACKOFF
+        while True:
+            connection = self._make(self._patience)
+
+            def up(connection: BaseConnection = connection) -> None:
+                self._connection = connection
+                self._down = trio.Event()
+                self._up.set()
+                self._tried.set()
+
+            try:
+                # coredis asks for a TaskStatus of anyio, and calls nothing but `started`
+                await connection.run(task_status=_Up(up))
+                reason = "the connection was lost"
+            except AuthenticationError:
+                reason = "the user or the password was refused"
+            except RedisError:
+                reason = "it cannot be reached"
+            finally:
+                was_up = self._connection is not None
+                if was_up:
+                    self._connection = None
+                    self._up = trio.Event()
+                    self._down.set()
+            if was_up or reason != self._reason:
+                logger.warning("Redis: %s", reason)
+            self._reason = reason
+            self._tried.set()
+            backoff = FIRST_BACKOFF if was_up else min(backoff * 2, LAST_BACKOFF)
+            await trio.sleep(backoff * random.uniform(0.5, 1))  # noqa: S311 - no secret
+
+    async def wait_up(self) -> None:
+        """Wait until there is a connection."""
+        await self._up.wait()
+
+    async def wait_down(self) -> None:
+        """Wait until the connection is lost."""
+        await self._down.wait()
+
+    async def wait_tried(self) -> None:
+        """Wait until there was a connection, or none could be made.
+
+        Raises:
+            StoreUnavailable: if there is none.
+        """
+        await self._tried.wait()
+        if self._connection is None:
+            raise StoreUnavailable(f"Redis: {self._reason}")
+
+    async def call(self, command: bytes, *arguments: Argument, patience: float = 0.0) -> Any:
+        """The reply to a command.
+
+        Args:
+            patience: seconds that the command itself may wait, beyond those for a reply.
+
+        Raises:
+            StoreUnavailable: without a connection, without a reply, or if Redis refuses. The command may have
+                been done.
+        """
+        connection = self._connection
+        if connection is None:
+            raise StoreUnavailable(f"Redis: {self._reason}")
+        try:
+            return await connection.create_request(
+                command, *arguments, decode=False, timeout=self._patience + patience
+            )
+        except TimeoutError:
+            connection.invalidate()
+            raise StoreUnavailable("Redis: no reply") from None
+        except ResponseError as error:
+            text = str(error).partition(", with args")[0]  # those may be secret
+            raise StoreUnavailable(f"Redis refuses {command.decode()}: {text}") from None
+        except RedisError:
+            raise StoreUnavailable("Redis: the connection was lost") from None
