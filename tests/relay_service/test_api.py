@@ -205,9 +205,21 @@ async def test_token_is_used_as_often_as_it_may_be(tmp_path: Path) -> None:
         assert refused(answer, 429, "rate_limited")
         assert answer.headers == {"retry-after": "2"}
         assert (await api.ask("register", other)).status == 200
+        assert refused(await api.ask("register", token, None, "elsewhere"), 403, "wrong_environment")
         api.clock.now += 2
         assert (await api.ask("register", token)).status == 200
         assert (await api.ask("register", token)).status == 429
+
+
+async def test_token_for_all_environments_is_counted_for_each(tmp_path: Path) -> None:
+    async with open_sqlite(str(tmp_path / "relay.sqlite3")) as store, trio.open_nursery() as nursery:
+        api = make(store, nursery, token_rate=0.5, token_burst=1)
+        token = await new_token(store, "executor", "*")
+        assert [(await api.ask("register", token, None, name)).status for name in ("a", "a", "b")] == [
+            200,
+            429,
+            200,
+        ]
 
 
 async def test_address_fails_as_often_as_it_may_and_a_valid_token_passes_still(tmp_path: Path) -> None:
