@@ -21,6 +21,7 @@ from attrs import define
 from execenv.relay import frames
 from execenv.relay.frames import Frame, Resume
 from execenv.transports import websocket
+from tests.relay_service.redis_server import RedisServer
 from tests.relay_service.relays import ask, head
 
 COMMAND = (sys.executable, "-m", "execenv", "relay")
@@ -181,6 +182,34 @@ async def test_options_of_serve_are_obeyed(tmp_path: Path) -> None:
             headers = {"authorization": f"Bearer {token}", "content-length": "0"}
             await stream.send_all(head("POST", "/cloud/environment/box/register", headers))
             assert b"clear_text_refused" in await stream.receive_some()
+
+
+async def test_two_nodes_share_a_redis_whose_url_is_in_no_argument(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    env = {"EXECENV_REDIS_URL": redis.url}
+    file = tmp_path / "url"
+    file.write_text(f"{redis.url}\n")
+    tokens = [
+        run("token", "create", "--environment", "box", "--role", role, env=env).stdout.strip()
+        for role in ("executor", "harness")
+    ]
+    listed = json.loads(run("token", "list", "--json", "--redis-url-file", str(file)).stdout)
+    assert [row["id"] for row in listed] == [token.split("_")[1] for token in tokens]
+    with trio.fail_after(40), serving(env=env) as one, serving("--redis-url-file", str(file)) as other:
+        async with trio.open_nursery() as nursery:
+            send, arrived = trio.open_memory_channel[bytes](10)
+            executor = await websocket.connect((await one.ask("register", tokens[0]))["url"], binary=True)
+            nursery.start_soon(executor.run, send.send_nowait)
+            url = (await other.ask("connect", tokens[1], {}))["url"]
+            assert f":{other.port}/" in url
+            harness = await websocket.connect(url, binary=True)
+            nursery.start_soon(harness.run, send.send_nowait)
+            frame = frames.encode(Frame("s", Resume()))
+            harness.send_nowait(frame)
+            assert await arrived.receive() == frame
+            ends = [await trio.to_thread.run_sync(server.end) for server in (other, one)]
+    assert [status for status, _ in ends] == [0, 0]
 
 
 def test_tokens_are_listed_without_secrets_and_revoked(tmp_path: Path) -> None:
