@@ -241,7 +241,7 @@ class ExecutorSocket(RelaySocket):
             began = trio.current_time()
             with trio.move_on_after(left) as scope:
                 await slow.wait_drained()
-            slow.held += trio.current_time() - began
+            slow.held = slow.held + trio.current_time() - began if slow.waiting else 0.0
             if scope.cancelled_caught:
                 self._metrics.slow_harnesses += 1
                 slow.end(SLOW)
