@@ -66,7 +66,7 @@ class Settings:
     failure_rate: float = 1.0
     failure_burst: float = 20.0
     max_buckets: int = 20_000
-    sweep_interval: float = 3.0
+    sweep_interval: float = 2.0
     ping_interval: float = 30.0
     pong_timeout: float = 60.0
 

@@ -33,7 +33,7 @@ def run(*words: str, env: dict[str, str] | None = None) -> subprocess.CompletedP
         [*COMMAND, *words],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=False,
         env=None if env is None else {**os.environ, **env},
     )
@@ -99,7 +99,7 @@ async def test_relay_serves_executors_and_harnesses_until_sigterm(tmp_path: Path
         codes.append(channel.close_code)
 
     words = ("--store", str(store), "--audit-log", str(audit), "--debug")
-    with trio.fail_after(30), serving(*words) as server:
+    with trio.fail_after(60), serving(*words) as server:
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", server.url)
         executor_url = (await server.ask("register", executor_token))["url"]
         assert executor_url.startswith(f"ws://127.0.0.1:{server.port}/rendezvous/box?")
@@ -138,7 +138,7 @@ async def test_relay_serves_executors_and_harnesses_until_sigterm(tmp_path: Path
 
 
 async def test_audit_log_is_on_stderr_without_a_file(tmp_path: Path) -> None:
-    with trio.fail_after(30), serving("--store", str(tmp_path / "relay.sqlite3")) as server:
+    with trio.fail_after(60), serving("--store", str(tmp_path / "relay.sqlite3")) as server:
         await ask(server.port, head("POST", "/cloud/environment/box/register", {"content-length": "0"}))
         status, errors = server.end()
     assert status == 0
@@ -153,7 +153,7 @@ async def test_token_that_is_revoked_by_another_program_ends_its_socket_within_5
 ) -> None:
     store = tmp_path / "relay.sqlite3"
     token = new_token(store, "executor")
-    with trio.fail_after(30), serving("--store", str(store)) as server:
+    with trio.fail_after(60), serving("--store", str(store)) as server:
         channel = await websocket.connect((await server.ask("register", token))["url"], binary=True)
         done = await trio.to_thread.run_sync(
             run, "token", "revoke", token.split("_")[1], "--store", str(store)
@@ -176,7 +176,7 @@ async def test_options_of_serve_are_obeyed(tmp_path: Path) -> None:
         "https://relay.example.com",
         "--public-metrics",
     )
-    with trio.fail_after(30), serving("--listen", "http://[::1]:0", *words) as server:
+    with trio.fail_after(60), serving("--listen", "http://[::1]:0", *words) as server:
         assert server.url.startswith("http://[::1]:")
         async with await trio.open_tcp_stream("::1", server.port) as stream:
             headers = {"authorization": f"Bearer {token}", "content-length": "0"}
@@ -196,7 +196,7 @@ async def test_two_nodes_share_a_redis_whose_url_is_in_no_argument(
     ]
     listed = json.loads(run("token", "list", "--json", "--redis-url-file", str(file)).stdout)
     assert [row["id"] for row in listed] == [token.split("_")[1] for token in tokens]
-    with trio.fail_after(40), serving(env=env) as one, serving("--redis-url-file", str(file)) as other:
+    with trio.fail_after(60), serving(env=env) as one, serving("--redis-url-file", str(file)) as other:
         async with trio.open_nursery() as nursery:
             send, arrived = trio.open_memory_channel[bytes](10)
             executor = await websocket.connect((await one.ask("register", tokens[0]))["url"], binary=True)
