@@ -199,5 +199,5 @@ class Wire:
         except ResponseError as error:
             text = str(error).partition(", with args")[0]  # those may be secret
             raise StoreUnavailable(f"Redis refuses {command.decode()}: {text}") from None
-        except RedisError:
-            raise StoreUnavailable("Redis: the connection was lost") from None
+        except Exception as error:  # whatever ended the connection, coredis hands it to all who wait
+            raise StoreUnavailable(f"Redis: the connection was lost ({type(error).__name__})") from None
