@@ -262,7 +262,13 @@ class Node:
         else:
             socket = HarnessSocket(self._settings, self._metrics, admission.principal)
         entry = Entry(
-            admission.role, admission.environment_id, admission.token_id, socket.close, lambda: socket.queued
+            admission.role,
+            admission.environment_id,
+            admission.token_id,
+            socket.close,
+            lambda: socket.queued,
+            admission.principal,
+            socket.probe,
         )
         channel = None
         try:

@@ -64,6 +64,11 @@ class RelaySocket(ABC):
             if self._channel is not None:
                 self._channel.close_nowait(code, reason)
 
+    def probe(self) -> None:
+        """End the websocket soon, unless the client gives a sign of life."""
+        if self._channel is not None:
+            self._channel.probe_nowait()
+
     @property
     def close_code(self) -> int:
         """How it has ended: by what we said, or the client; 1006 where nobody has said anything."""
