@@ -86,8 +86,8 @@ class Table:
         return len(self._entries)
 
     def add(self, entry: Entry) -> None:
-        """Count a socket. A harness that comes again may have lost the sockets that it has: they are probed, so
-        that its session is not held by one that is gone.
+        """Count a socket. A harness that comes again may have lost the sockets that it has: these are probed,
+        so that its session is not held by one that is gone.
 
         Raises:
             TooMany: if it is one more than there may be.
