@@ -530,6 +530,28 @@ async def test_node_that_leaves_says_so(redis: RedisServer) -> None:
             assert b"node:a." not in keys
 
 
+async def test_thousands_of_executors_may_come_at_once(redis: RedisServer) -> None:
+    come = trio.Semaphore(0)
+
+    async def sit(node: RedisExchange, number: int) -> None:
+        executor = PlayedExecutor()
+        async with node.executor(f"box{number}", "r", executor.accept, executor.replaced):
+            come.release()
+            await trio.sleep_forever()
+
+    with trio.fail_after(LIMIT):
+        # So little patience that a reply in time needs few before it.
+        async with (
+            open_node(redis, "a", evolve(QUICK, reply=0.5)) as (_, node),
+            trio.open_nursery() as nursery,
+        ):
+            for number in range(3000):
+                nursery.start_soon(sit, node, number)
+            for _ in range(3000):
+                await come.acquire()
+            nursery.cancel_scope.cancel()
+
+
 async def test_executor_that_lost_while_nobody_could_tell_it_learns_so_later(redis: RedisServer) -> None:
     with trio.fail_after(LIMIT):
         async with open_pair(redis) as pair:
