@@ -93,13 +93,9 @@ class ExecutorStream(RelayStream):
         if self._reliable is None or self._ending:
             self.end(reason)
             return
-        self.detach()
-        self._open = False
-        self._asked = False
-        self._probe_until = math.inf
         if not self.interrupted:
             self._forget_at = trio.current_time() + STREAM_TTL
-        self._set_interrupted(reason)
+        self._interrupt(reason)
 
     def _resume(self, resume: Resume) -> None:
         super()._resume(resume)
