@@ -452,6 +452,38 @@ async def test_segments_that_were_not_agreed_on_reset_the_stream(autojump_clock:
         assert raw.got[-1].body == Data(0, b'{"n":3}')
 
 
+async def test_rest_of_a_long_message_begins_no_streams(autojump_clock: MockClock) -> None:
+    served: list[Channel] = []
+
+    async def serve(channel: Channel) -> None:
+        served.append(channel)
+        await channel.run(channel.send_nowait)
+
+    async with open_pair(serve, noise=False) as pair, open_raw(pair) as raw:
+        raw.send(Resume(0, reliability=1))
+        raw.send(Data(0, b'{"n":1}'))
+        raw.send(Data(1, b'{"n"', 0, 3000))
+        raw.send(Data(2, b"does not fit", 2, 3000))
+        for seq in range(3, 3000):
+            raw.send(Data(seq, b"{}", seq - 1, 3000))
+        raw.send(Data(0, b"{}", 0, 2))  # and nobody has agreed on segments here
+        await wait_all_tasks_blocked()
+        assert len(served) == 1
+        assert set(raw.resets()) == {("raw", PROTOCOL_ERROR)}
+
+
+async def test_flood_of_garbage_is_not_a_flood_of_warnings(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_pair(echo, noise=False) as pair:
+        executor_leg = pair.rendezvous.executor
+        assert executor_leg is not None
+        for _ in range(1000):
+            executor_leg.send_nowait(b"garbage")
+        await wait_all_tasks_blocked()
+    assert 0 < len(caplog.records) <= 40
+
+
 async def test_garbage_ends_neither_a_stream_nor_the_socket(autojump_clock: MockClock) -> None:
     async with open_pair(echo, noise=False) as pair, open_raw(pair) as raw:
         raw.send(Data(0, b'{"n":1}'))
