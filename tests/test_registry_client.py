@@ -746,3 +746,17 @@ def test_pause_of_the_registry_doubles_up_to_five_seconds_and_half_as_much_again
     assert [registry_pause(n, least) for n in tries] == [0.5, 1, 2, 4, 5, 5, 5]
     assert [registry_pause(n, most) for n in tries] == [0.75, 1.5, 3, 6, 7.5, 7.5, 7.5]
     assert all(0.5 <= registry_pause(0) <= 0.75 for _ in range(100))
+
+
+async def test_certificates_of_the_system_are_read_for_https_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes 20 ms, in which nothing else moves, and a harness opens a registry for every stream."""
+
+    def read() -> ssl.SSLContext:
+        raise AssertionError("they were read")
+
+    monkeypatch.setattr(ssl, "create_default_context", read)
+    async with open_registry("http://127.0.0.1:1", headers=dict):
+        pass
+    with pytest.raises(AssertionError, match="they were read"):
+        async with open_registry("https://registry.example", headers=dict):
+            pass

@@ -19,6 +19,7 @@ from execenv.targets import RelayTarget, WebsocketTarget
 from execenv.transports.channel import Channel
 from execenv.transports.http import Refusal
 from tests.relay_fakes import (
+    NEVER,
     Answer,
     FakeRegistry,
     FakeRendezvous,
@@ -171,6 +172,14 @@ async def test_refusal_of_the_registry_is_final(relay: Relay, status: int) -> No
             raise AssertionError("it was opened")
     assert not caught.value.retryable
     assert len(relay.registry.requests) == 1
+
+
+async def test_registry_that_says_nothing_is_given_the_connect_timeout(relay: Relay) -> None:
+    relay.registry.answers["connect"] = NEVER
+    with trio.fail_after(5), pytest.raises(ConnectFailed, match=r"did not answer within 0\.2 s") as caught:
+        async with RelayDialer(evolve(relay.target, connect_timeout=0.2), 25).dial():
+            pass
+    assert caught.value.retryable
 
 
 async def test_websocket_refused_with_401_is_tried_once_more_with_a_fresh_bundle(relay: Relay) -> None:

@@ -12,7 +12,6 @@ from google.protobuf.message import DecodeError
 
 from execenv.relay.schema_pb2 import (
     RelayAck,
-    RelayData,
     RelayHandshake,
     RelayHeartbeat,
     RelayMessageFrame,
@@ -114,14 +113,11 @@ def encode(frame: Frame) -> bytes:
         version=VERSION, stream_id=frame.stream_id, ack=frame.ack, ack_bits=frame.ack_bits
     )
     if type(body) is Data:
-        message.data.CopyFrom(
-            RelayData(
-                seq=body.seq,
-                segment_index=body.segment_index,
-                segment_count=body.segment_count,
-                payload=body.payload,
-            )
-        )
+        data = message.data  # filled in place: another message would be copied, with its payload
+        data.seq = body.seq
+        data.segment_index = body.segment_index
+        data.segment_count = body.segment_count
+        data.payload = body.payload
     elif type(body) is Ack:
         message.ack_frame.CopyFrom(RelayAck())
     elif type(body) is Resume:
@@ -170,9 +166,10 @@ def _body(message: RelayMessageFrame, stream_id: str) -> Body:
         data = message.data
         if not data.segment_index < data.segment_count <= MAX_SEGMENTS or data.segment_index > data.seq:
             raise InvalidFrame("its segment cannot be", stream_id)
-        if not data.payload:
+        payload = data.payload  # a copy each time
+        if not payload:
             raise InvalidFrame("its payload is empty", stream_id)
-        return Data(data.seq, data.payload, data.segment_index, data.segment_count)
+        return Data(data.seq, payload, data.segment_index, data.segment_count)
     if kind == "ack_frame":
         return Ack()
     if kind == "resume":

@@ -119,9 +119,7 @@ class HarnessStream(RelayStream):
             if not self._may_resume:
                 self.end(loss)
                 return
-            self._open = False
-            self._asked = False
-            self._set_interrupted(loss)
+            self._interrupt(loss)
             if trio.current_time() - began > STEADY:
                 tries = 0
             elif self._reliable is not None and self._reliable.ack != had:
@@ -148,7 +146,7 @@ class HarnessStream(RelayStream):
         """The next socket; `None` if the stream is over."""
         loss = self.interrupted
         last: Exception | None = None
-        with trio.move_on_at(self.interrupted_at + self._deadline_of_recovery):
+        with trio.move_on_at(self._give_up_at):
             while not self._ending:
                 if tries:
                     await trio.sleep(registry_pause(tries - 1))
@@ -164,11 +162,19 @@ class HarnessStream(RelayStream):
         return None
 
     async def _expect_resume(self, channel: Channel) -> None:
-        with trio.move_on_after(RESUME_TIMEOUT):
+        asked = trio.current_time()
+        with trio.move_on_at(min(asked + RESUME_TIMEOUT, self._give_up_at)):
             await self._resumed.wait()
             return
-        channel.loss = f"the executor did not resume the stream within {RESUME_TIMEOUT:g} s"
+        seconds = trio.current_time() - asked
+        channel.loss = f"the executor did not resume the stream within {seconds:.3g} s"
+        if trio.current_time() >= self._give_up_at:
+            self.end(f"{self.interrupted}; the stream could not be resumed: {channel.loss}")
         channel.close_nowait()
+
+    @property
+    def _give_up_at(self) -> float:
+        return self.interrupted_at + self._deadline_of_recovery
 
     # Frames.
 
@@ -321,9 +327,14 @@ class RelayDialer:
         self, registry: Registry, known: PublicKey | None
     ) -> tuple[Bundle, WebsocketChannel]:
         target = self._target
-        bundle = await registry.connect(
-            target.environment_id, None if self._identity is None else self._identity.public
-        )
+        try:
+            with trio.fail_after(target.connect_timeout):
+                bundle = await registry.connect(
+                    target.environment_id, None if self._identity is None else self._identity.public
+                )
+        except trio.TooSlowError as error:
+            text = f"the registry {registry.shown} did not answer within {target.connect_timeout:g} s"
+            raise ConnectFailed(text) from error
         if known is not None and bundle.executor_key != known:
             raise ConnectFailed("executor key changed during session recovery", retryable=False)
         return bundle, await _open_websocket(

@@ -381,7 +381,8 @@ async def open_registry(
     import httpcore2
 
     async with httpcore2.AsyncConnectionPool(
-        ssl_context=ssl_context or _default_ssl(),
+        # Only where there is use for it: all certificates of the system are read (20 ms).
+        ssl_context=ssl_context or (_default_ssl() if base.scheme == "https" else None),
         max_connections=None,
         max_keepalive_connections=8,
         keepalive_expiry=5.0,
