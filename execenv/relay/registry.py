@@ -382,16 +382,10 @@ async def open_registry(
 
     async with httpcore2.AsyncConnectionPool(
         # Only where there is use for it: all certificates of the system are read (20 ms).
-        ssl_context=ssl_context or (_default_ssl() if base.scheme == "https" else None),
+        ssl_context=ssl_context or (default_ssl() if base.scheme == "https" else None),
         max_connections=None,
         max_keepalive_connections=8,
         keepalive_expiry=5.0,
         network_backend=network_backend or httpcore2.TrioBackend(),
     ) as pool:
         yield Registry(pool, base, headers)
-
-
-def _default_ssl() -> ssl.SSLContext:
-    import ssl
-
-    return ssl.create_default_context()
