@@ -223,10 +223,13 @@ async def test_every_refusal_of_the_registration_registers(autojump_clock: MockC
 
 
 @pytest.mark.parametrize("retryable", [True, False])
-async def test_connect_errors_wait_and_take_the_same_url(retryable: bool, autojump_clock: MockClock) -> None:
+async def test_connect_errors_wait_and_take_the_same_url(
+    retryable: bool, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
     loop = await run_plan(ConnectFailed("cannot connect", retryable=retryable))
     assert loop.urls == [FIRST.url] * 2
     assert loop.pauses == [1]
+    assert "cannot connect (where the registry says that the rendezvous is); retry in 1.0 s" in caplog.text
 
 
 async def test_websocket_has_ten_seconds_to_open(
@@ -396,7 +399,11 @@ async def test_what_happens_is_logged_for_people(
         ),
         ("INFO", f"{ID}: registered at https://registry.example"),
         ("WARNING", f"{ID}: wss://relay.example/first refused the websocket with status 403; retry in 2.0 s"),
-        ("WARNING", f"{ID}: cannot connect to wss://relay.example/second; retry in 4.0 s"),
+        (
+            "WARNING",
+            f"{ID}: cannot connect to wss://relay.example/second (where the registry says that the "
+            "rendezvous is); retry in 4.0 s",
+        ),
     ]
     assert loop.connected == ["wss://relay.example/first"]
 
