@@ -17,13 +17,12 @@ from execenv.relay.harness import RelayDialer, dial_clear
 from execenv.relay.noise import Identity, RecordReader, RecordWriter, Responder, Transport, prologue
 from execenv.targets import RelayTarget, WebsocketTarget
 from execenv.transports.channel import Channel
-from execenv.transports.http import Refusal
-from tests.relay_fakes import (
+from tests.fake_relay import (
     Answer,
     FakeRegistry,
     FakeRendezvous,
     RelaySocket,
-    error,
+    error_answer,
     open_fake_registry,
     open_fake_rendezvous,
 )
@@ -46,13 +45,12 @@ class Relay:
     def target(self) -> RelayTarget:
         return RelayTarget(self.registry.url, ID, TOKEN)
 
-    def bundle(self, request: object = None, **changes: object) -> Answer:
+    def bundle(self, asked: object = None, **changes: object) -> Answer:
         self.bundles += 1
         return Answer(
-            200,
             {
                 "environment_id": ID,
-                "url": f"{self.rendezvous.url}/{ID}?role=harness&bundle={self.bundles}",
+                "url": f"{self.rendezvous.base}/{ID}?role=harness&bundle={self.bundles}",
                 "security_profile": "noise_hybrid_ik_v1",
                 "executor_registration_id": "reg-1",
                 "executor_public_key": self.identity.public.to_json(),
@@ -65,9 +63,9 @@ class Relay:
 @pytest.fixture
 async def relay() -> AsyncIterator[Relay]:
     with trio.fail_after(30):
-        async with open_fake_registry({}) as registry, open_fake_rendezvous() as rendezvous:
+        async with open_fake_registry() as registry, open_fake_rendezvous() as rendezvous:
             relay = Relay(registry, rendezvous, Identity.generate())
-            registry.answers["connect"] = relay.bundle
+            registry.answer("connect", relay.bundle)
             yield relay
 
 
@@ -123,11 +121,11 @@ async def test_registry_is_asked_with_the_key_of_the_harness_and_its_token(relay
         async with dialer.dial():
             await relay.rendezvous.accept()
     one, other = [await relay.registry.request("connect") for _ in range(2)]
-    assert one.path == f"/cloud/environment/{ID}/connect"
-    assert one.headers["authorization"] == f"Bearer {TOKEN}"
-    assert one.headers["chatgpt-account-id"] == "acct1"
-    assert set(one.body) == {"harness_public_key"}
-    assert one.body == other.body, "it is the same harness"
+    assert one.head.path == f"/cloud/environment/{ID}/connect"
+    assert one.header("authorization") == f"Bearer {TOKEN}"
+    assert one.header("chatgpt-account-id") == "acct1"
+    assert set(one.json) == {"harness_public_key"}
+    assert one.json == other.json, "it is the same harness"
 
 
 async def test_first_frames_are_a_resume_and_a_handshake_of_a_new_stream(relay: Relay) -> None:
@@ -148,37 +146,39 @@ async def test_first_frames_are_a_resume_and_a_handshake_of_a_new_stream(relay: 
 
 
 async def test_executor_that_is_being_connected_is_waited_for(relay: Relay) -> None:
-    relay.registry.answers["connect"] = [error(409, "environment_offline"), error(503), relay.bundle]
+    relay.registry.answer(
+        "connect", error_answer(409, "environment_offline"), error_answer(503), relay.bundle
+    )
     async with RelayDialer(relay.target, 25).dial():
         await relay.rendezvous.accept()
-    assert len(relay.registry.requests) == 3
+    assert len(relay.registry.asked) == 3
 
 
 async def test_executor_that_stays_away_is_told_when_the_time_is_over(relay: Relay) -> None:
-    relay.registry.answers["connect"] = error(409, "environment_offline", "nobody is there")
+    relay.registry.answer("connect", error_answer(409, "environment_offline", "nobody is there"))
     with pytest.raises(ConnectFailed, match="nobody is there") as caught:
         async with RelayDialer(evolve(relay.target, connect_timeout=0.4), 25).dial():
             raise AssertionError("it was opened")
     assert caught.value.retryable
-    assert len(relay.registry.requests) == 1
+    assert len(relay.registry.asked) == 1
 
 
 @pytest.mark.parametrize("status", [401, 403])
 async def test_refusal_of_the_registry_is_final(relay: Relay, status: int) -> None:
-    relay.registry.answers["connect"] = error(status, "no", "you may not")
+    relay.registry.answer("connect", error_answer(status, "no", "you may not"))
     with pytest.raises(ConnectFailed, match="authentication failed") as caught:
         async with RelayDialer(relay.target, 25).dial():
             raise AssertionError("it was opened")
     assert not caught.value.retryable
-    assert len(relay.registry.requests) == 1
+    assert len(relay.registry.asked) == 1
 
 
 async def test_websocket_refused_with_401_is_tried_once_more_with_a_fresh_bundle(relay: Relay) -> None:
-    relay.rendezvous.refusals = [Refusal(401)]
+    relay.rendezvous.plan = [401, 101]
     async with RelayDialer(relay.target, 25).dial():
         await relay.rendezvous.accept()
     assert relay.bundles == 2
-    relay.rendezvous.refusals = [Refusal(401), Refusal(401)]
+    relay.rendezvous.plan = [401]
     with pytest.raises(ConnectFailed, match="status 401"):
         async with RelayDialer(relay.target, 25).dial():
             raise AssertionError("it was opened")
@@ -186,8 +186,8 @@ async def test_websocket_refused_with_401_is_tried_once_more_with_a_fresh_bundle
 
 
 async def test_environment_in_clear_text_is_refused_unless_it_was_asked_for(relay: Relay) -> None:
-    plain = {"environment_id": ID, "url": f"{relay.rendezvous.url}?role=harness"}
-    relay.registry.answers["connect"] = Answer(200, plain | {"security_profile": "clear_relay_v1"})
+    plain = {"environment_id": ID, "url": f"{relay.rendezvous.base}?role=harness"}
+    relay.registry.answer("connect", Answer(plain | {"security_profile": "clear_relay_v1"}))
     with pytest.raises(ConnectFailed) as caught:
         async with RelayDialer(relay.target, 25).dial():
             raise AssertionError("it was opened")
@@ -195,7 +195,7 @@ async def test_environment_in_clear_text_is_refused_unless_it_was_asked_for(rela
     async with running(RelayDialer(evolve(relay.target, security="clear"), 25).dial, relay):
         socket = await relay.rendezvous.accept()
         assert (await socket.receive()).body == Resume(0, reliability=1)
-    assert relay.registry.requests[-1].body == {}
+    assert relay.registry.asked[-1].json == {}
 
 
 async def test_environment_with_noise_is_not_reached_in_clear_text(relay: Relay) -> None:
@@ -341,7 +341,7 @@ async def test_stream_is_not_resumed_where_the_key_of_the_executor_has_changed(r
 
 
 async def test_url_with_the_role_of_a_harness_is_spoken_to_in_frames(relay: Relay) -> None:
-    url = f"{relay.rendezvous.url}/{ID}?role=harness&sig=secret"
+    url = f"{relay.rendezvous.base}/{ID}?role=harness&sig=secret"
     async with running(lambda: dial_clear(WebsocketTarget(url, TOKEN), 25), relay) as channel:
         socket = await relay.rendezvous.accept()
         assert socket.head.headers["authorization"] == f"Bearer {TOKEN}".encode()
@@ -365,7 +365,7 @@ async def test_url_with_the_role_of_a_harness_is_spoken_to_in_frames(relay: Rela
 
 
 async def test_closed_socket_of_who_does_not_resume_ends_the_stream(relay: Relay) -> None:
-    url = f"{relay.rendezvous.url}?role=harness"
+    url = f"{relay.rendezvous.base}?role=harness"
     async with running(lambda: dial_clear(WebsocketTarget(url), 25), relay) as channel:
         socket = await relay.rendezvous.accept()
         await socket.receive()

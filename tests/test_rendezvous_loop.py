@@ -500,7 +500,7 @@ async def test_handshake_has_a_request_id_and_neither_origin_nor_protocol_nor_cr
 async def test_messages_are_binary_in_both_directions() -> None:
     async with open_fake_rendezvous() as rendezvous, serving(rendezvous):
         await rendezvous.wait_until(lambda: bool(rendezvous.sockets))
-        rendezvous.sockets[0].send_nowait(b"\x00\xff")
+        rendezvous.sockets[0].send_raw(b"\x00\xff")
         await rendezvous.wait_until(lambda: bool(rendezvous.received))
         assert rendezvous.received == [b"\x00\xff"]
 
@@ -518,7 +518,7 @@ async def test_text_message_reaches_the_streams_as_nothing_and_the_socket_stays(
 
     async with open_fake_rendezvous() as rendezvous, serving(rendezvous, streams=Streams()):
         await rendezvous.wait_until(lambda: bool(rendezvous.sockets))
-        socket = rendezvous.sockets[0]
+        socket = rendezvous.sockets[0].channel
         socket.send_urgent(b"\x81\x04text")
         socket.send_nowait(b"binary")
         await rendezvous.wait_until(lambda: len(rendezvous.received) == 2)
@@ -528,11 +528,11 @@ async def test_text_message_reaches_the_streams_as_nothing_and_the_socket_stays(
 async def test_message_as_large_as_allowed_is_taken_with_its_frame_and_a_larger_one_ends_the_socket() -> None:
     async with open_fake_rendezvous() as rendezvous, serving(rendezvous, max_message=4096):
         await rendezvous.wait_until(lambda: bool(rendezvous.sockets))
-        rendezvous.sockets[0].send_nowait(b"x" * (4096 + 1024))
+        rendezvous.sockets[0].send_raw(b"x" * (4096 + 1024))
         await rendezvous.wait_until(lambda: bool(rendezvous.received))
-        rendezvous.sockets[0].send_nowait(b"x" * (4096 + 1025))
+        rendezvous.sockets[0].send_raw(b"x" * (4096 + 1025))
         await rendezvous.wait_until(lambda: len(rendezvous.sockets) == 2)
-        assert rendezvous.sockets[0].close_code == 1009
+        assert rendezvous.sockets[0].channel.close_code == 1009
 
 
 async def test_real_socket_is_dropped_and_opened_again_when_nobody_answers_pings() -> None:
@@ -556,7 +556,7 @@ async def test_rows_of_the_rendezvous_with_real_sockets() -> None:
 
 
 async def test_replaced_executor_ends_with_a_real_socket() -> None:
-    with trio.fail_after(20), pytest.RaisesGroup(Replaced, flatten_subgroups=True):
+    with trio.fail_after(20), pytest.RaisesGroup(Replaced, flatten_subgroups=True, allow_unwrapped=True):
         async with (
             open_fake_rendezvous([4409]) as rendezvous,
             serving(rendezvous),
@@ -582,7 +582,7 @@ async def test_no_secret_is_logged_at_any_level(caplog: pytest.LogCaptureFixture
     ):
         registry.answer("validate", error_answer(500, "c", f"{AUTHORIZATION} {API_KEY}"))
         await rendezvous.wait_until(lambda: bool(rendezvous.sockets))
-        rendezvous.sockets[0].send_nowait(b"x")
+        rendezvous.sockets[0].send_raw(b"x")
         await rendezvous.wait_until(lambda: bool(rendezvous.received))
     assert f"connected to {rendezvous.base}/rendezvous/{ID}" in caplog.text
     for secret in (API_KEY, SIGNATURE, "sig=", AUTHORIZATION, *(key["x25519_public_key"] for key in keys)):
