@@ -300,14 +300,6 @@ class RelaySocket:
         except InvalidFrame as invalid:
             raise AssertionError(f"{data[:100]!r} is no frame: {invalid}") from invalid
 
-    def receive_nowait(self) -> Frame:
-        """The next frame if it is here already.
-
-        Raises:
-            trio.WouldBlock: if it is not.
-        """
-        return decode(self._arriving.receive_nowait())
-
     def send(self, *frames: Frame) -> None:
         for frame in frames:
             self.channel.send_nowait(encode(frame))

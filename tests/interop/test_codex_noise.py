@@ -344,7 +344,11 @@ async def _serve_harness(socket: RelaySocket, identity: Identity, seen: list[Bod
             nursery.cancel_scope.cancel()
 
 
-async def test_released_harness_works_behind_our_responder(codex: Path, tmp_path: Path) -> None:
+async def test_released_harness_works_behind_our_responder(
+    codex: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Codex asks for a login shell, and a profile of this machine may take its time.
+    monkeypatch.setenv("HOME", str(tmp_path))
     identity = Identity.generate()
     seen: list[Body] = []
     async with open_fake_rendezvous() as rendezvous:
