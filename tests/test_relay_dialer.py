@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import trio
@@ -17,7 +18,9 @@ from execenv.relay.frames import Ack, Body, Data, Frame, Handshake, Heartbeat, R
 from execenv.relay.harness import RelayDialer, dial_clear
 from execenv.relay.noise import Identity, RecordReader, RecordWriter, Responder, Transport, prologue
 from execenv.targets import RelayTarget, WebsocketTarget
+from execenv.transports import websocket
 from execenv.transports.channel import Channel
+from execenv.transports.websocket import WebsocketChannel
 from tests.fake_relay import (
     Answer,
     FakeRegistry,
@@ -341,6 +344,25 @@ async def test_stream_is_not_resumed_where_the_key_of_the_executor_has_changed(r
         relay.identity = Identity.generate()
         socket.close(1012)
         assert "executor key changed during session recovery" in await ended(channel)
+
+
+async def test_sockets_of_a_harness_ping_every_30_seconds_and_wait_60_for_the_answer(
+    relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[WebsocketChannel] = []
+    connect = websocket.connect
+
+    async def watched(url: str, **options: Any) -> WebsocketChannel:
+        channel = await connect(url, **options)
+        opened.append(channel)
+        return channel
+
+    monkeypatch.setattr(websocket, "connect", watched)
+    async with (
+        RelayDialer(relay.target, 25).dial(),
+        dial_clear(WebsocketTarget(f"{relay.rendezvous.base}?role=harness"), 25),
+    ):
+        assert [(channel._ping_interval, channel._pong_timeout) for channel in opened] == [(30, 60)] * 2
 
 
 # Clear text (§4.2).
