@@ -18,6 +18,7 @@ from attrs import field, frozen
 from execenv.errors import ConnectFailed, UsageError
 from execenv.relay.addresses import Address, InvalidUrl, check_socket_url, parse_base_url
 from execenv.relay.keys import InvalidKey, PublicKey
+from execenv.transports.websocket import default_ssl
 
 if TYPE_CHECKING:
     import ssl

@@ -58,7 +58,7 @@ async def open_sqlite(path: str, *, durable: bool = True) -> AsyncIterator[Store
     """The store in a file, which is made if it is missing, and its folder with it: for this user only.
 
     Args:
-        durable: whether what was written outlives a loss of power, as a token that was made or revoked should.
+        durable: whether what was written outlives a loss of power, as a token made or revoked should.
             A relay does without: its registrations and nonces are soon made again or over, and waiting for
             the disk three times would bound how many harnesses can come in a second.
 
