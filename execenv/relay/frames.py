@@ -26,6 +26,9 @@ MAX_REASON = 256  # bytes
 MAX_SEGMENTS = 1 << 16
 SEGMENT = 60 * 1024
 """The largest piece of a message that a frame carries between ends that segment."""
+OFFER, ANSWER = 1, 2
+"""What a `Resume` is: one that the other end answers, and one that it does not. Were every one answered, a
+single one too many would go to and fro for ever."""
 MAX_SEQ = 2**32 - 2
 """The last sequence number of a stream and direction (relay.md §5.5)."""
 
@@ -62,8 +65,8 @@ class Resume:
     """What its sender has received: everything before `next_seq`.
 
     Attributes:
-        reliability: 1 if the sender acknowledges, resumes and resends, and expects as much; 0 of a program
-            that knows nothing of that.
+        reliability: `OFFER` or `ANSWER` if the sender acknowledges, resumes and resends, and expects as much;
+            0 of a program that knows nothing of that.
     """
 
     next_seq: int = 0
