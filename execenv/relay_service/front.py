@@ -10,8 +10,8 @@ import http
 import ipaddress
 import math
 import re
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from logging import getLogger
 
 import h11
@@ -24,13 +24,13 @@ from execenv.relay_service import audit
 from execenv.relay_service.api import ROLES, Clock, Denied, Gate, Registry, store_away
 from execenv.relay_service.audit import Caller
 from execenv.relay_service.exchange import Exchange, Offline
-from execenv.relay_service.limits import Entry, Table, TooMany
+from execenv.relay_service.limits import Buckets, Entry, Table, TooMany
 from execenv.relay_service.metrics import Metrics
 from execenv.relay_service.rendezvous import Admission, Rendezvous, too_many
 from execenv.relay_service.settings import Settings
 from execenv.relay_service.sockets import ExecutorSocket, HarnessSocket
 from execenv.relay_service.store import Store, StoreUnavailable
-from execenv.relay_service.tokens import is_current
+from execenv.relay_service.tokens import is_current, is_environment_id
 from execenv.transports import websocket
 from execenv.transports.http import MAX_HEAD, Head, not_an_upgrade, peer_address, read_head
 
@@ -87,6 +87,8 @@ class Node:
         self._registry = Registry(store, exchange, self._gate, settings, self._metrics, clock)
         self._rendezvous = Rendezvous(store, self._gate, settings, clock)
         self._pending = 0
+        self._silent: dict[trio.CancelScope, None] = {}  # those of `_pending` whose request is not there yet
+        self._refusals = Buckets(settings.failure_rate, settings.failure_burst, settings.max_buckets)
         self._accepting = trio.CancelScope()
 
     async def run(self, listener: trio.SocketListener) -> None:
@@ -134,7 +136,7 @@ class Node:
                 logger.exception("a connection ended with an error")
 
     async def _serve(self, stream: trio.SocketStream) -> None:
-        if self._pending >= self._settings.max_pending:
+        if self._pending >= self._settings.max_pending and not self._end_a_silent_one():
             denied = Denied(503, "too_many_connections", "too many connections say nothing: try again")
             await self._refuse(stream, "GET", denied, Caller(peer_address(stream)))
             return
@@ -142,14 +144,15 @@ class Node:
         with trio.CancelScope(deadline=deadline) as scope:
             self._pending += 1
             try:
-                head = await read_head(stream)
+                with self._listening(scope):
+                    head = await read_head(stream)
                 if head is None:
                     await stream.send_all(Response(400).encoded("GET"))
                     return
                 caller = Caller(peer_address(stream), audit.request_id(head.headers.get("x-request-id")))
                 found = _RENDEZVOUS.fullmatch(head.path)
                 if found is None or "origin" in head.headers:
-                    await self._answer(stream, head, caller)
+                    await self._answer(stream, head, caller, scope)
                     return
                 caller = evolve(caller, environment=found[1])
                 admission, caller = await self._admit(stream, head, caller)
@@ -158,9 +161,31 @@ class Node:
             if admission is not None:
                 await self._serve_socket(stream, head, admission, caller, scope)
 
+    @contextmanager
+    def _listening(self, scope: trio.CancelScope) -> Iterator[None]:
+        """While a client still has to say what it wants."""
+        self._silent[scope] = None
+        try:
+            yield
+        finally:
+            self._silent.pop(scope, None)
+
+    def _end_a_silent_one(self) -> bool:
+        """Make room for a client that may say something, by one that has said nothing for longest. Were the
+        new one refused, a thousand connections that cost nothing would keep out everybody."""
+        scope = next(iter(self._silent), None)
+        if scope is None:
+            return False
+        del self._silent[scope]
+        scope.cancel()
+        self._metrics.refusals["silent"] += 1
+        return True
+
     # Requests.
 
-    async def _answer(self, stream: trio.SocketStream, head: Head, caller: Caller) -> None:
+    async def _answer(
+        self, stream: trio.SocketStream, head: Head, caller: Caller, scope: trio.CancelScope
+    ) -> None:
         found = _REGISTRY.fullmatch(head.path)
         try:
             if "origin" in head.headers:
@@ -176,7 +201,8 @@ class Node:
                 raise Denied(404, "not_found", "there is nothing here")
             _check_method(head, "POST")
             caller = evolve(caller, environment=found[1], role=ROLES[found[2]])
-            body = await read_body(stream, head, self._settings.max_body)
+            with self._listening(scope):
+                body = await read_body(stream, head, self._settings.max_body)
         except Denied as denied:
             await self._refuse(stream, head.method, denied, caller)
             return
@@ -223,7 +249,10 @@ class Node:
 
     def _note_refusal(self, caller: Caller, status: int, code: str) -> None:
         self._metrics.refusals[code] += 1
-        if caller.environment and code != "too_many_failures":  # who only tries does not fill the log
+        # Who only tries does not fill the log, neither with lines nor with what he calls an environment.
+        if not is_environment_id(caller.environment) or code == "too_many_failures":
+            return
+        if caller.token_id or not self._refusals.take(caller.address.rpartition(":")[0], self._clock()):
             audit.write("refusal", caller, now=self._clock(), status=status, reason=code)
 
     # Websockets.

@@ -225,7 +225,8 @@ class ExecutorSocket(RelaySocket):
             return
         harness = self._streams.get(stream_id)
         if harness is None:
-            if not is_reset:  # a reset is never answered, or two ends could go on for ever
+            # A reset is never answered, or two ends could go on for ever; nor is who reads nothing.
+            if not is_reset and not self.is_congested:
                 self._reset(stream_id)
             return
         if is_reset:
@@ -267,7 +268,7 @@ class ExecutorSocket(RelaySocket):
             refused = self._claim(stream_id, harness)
             if refused:
                 self._metrics.frames_foreign += 1
-                if not is_reset:
+                if not is_reset and not harness.waiting:  # nor for who sends and reads nothing
                     self._metrics.resets_to_harness += 1
                     harness.pass_on(frames.encode(Frame(stream_id, Reset(refused))))
                 return

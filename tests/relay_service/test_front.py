@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -55,6 +56,8 @@ def resident() -> int:
         ("GET /rendezvous", 404),
         ("GET /rendezvous/", 400),
         ("GET /rendezvous/a/b", 404),
+        ("GET http://relay/readyz", 200),
+        ("GET /public://relay/metrics", 404),
         ("GET /rendezvous/box", 403),
         (f"GET {REGISTER}", 405),
         ("POST /cloud/environment/box/direct/register", 404),
@@ -256,18 +259,87 @@ async def test_socket_has_no_deadline_once_it_is_open(tmp_path: Path) -> None:
         assert await executor.receive() == Frame("s", Resume())
 
 
-async def test_connections_that_say_nothing_are_as_many_as_they_may_be(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "said", [b"", b"GET / HTTP/1.1\r\n", head("POST", REGISTER, {"content-length": "9"})]
+)
+async def test_connections_that_say_nothing_keep_out_nobody(tmp_path: Path, said: bytes) -> None:
     async with open_relay(tmp_path, max_pending=3) as relay:
         executor, harness = await relay.executor(), await relay.harness()  # these have said it
         async with AsyncExitStack() as stack:
-            for _ in range(3):
-                await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", relay.port))
-            reply = await ask(relay.port, b"")
-            assert (reply.status, reply.code) == (503, "too_many_connections")
+            silent = []
+            for _ in range(4):
+                stream = await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", relay.port))
+                await stream.send_all(said)
+                silent.append(stream)
+            with trio.fail_after(5):
+                assert await silent[0].receive_some() == b""  # the oldest made room for the last
+            assert (await relay.get("/readyz")).status == 200
             harness.send("s", Resume())
             assert await executor.receive() == Frame("s", Resume())
-        while (await relay.get("/readyz")).status != 200:  # noqa: ASYNC110 - until their ends are seen
-            await trio.sleep(0.01)
+
+
+async def test_requests_that_wait_for_the_store_are_as_many_as_they_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_relay(tmp_path, max_pending=3) as relay:
+        asked, answer = trio.Semaphore(0), trio.Event()
+
+        async def slow() -> None:
+            asked.release()
+            await answer.wait()
+
+        monkeypatch.setattr(relay.store, "ping", slow)
+        statuses = []
+
+        async def ask_for_readiness() -> None:
+            statuses.append((await relay.get("/readyz")).status)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(ask_for_readiness)
+            for _ in range(3):
+                await asked.acquire()
+            reply = await ask(relay.port, b"")
+            assert (reply.status, reply.code) == (503, "too_many_connections")
+            answer.set()
+        assert statuses == [200, 200, 200]
+
+
+@pytest.mark.parametrize(
+    ("line", "headers"),
+    [
+        ("DELETE /rendezvous/box", {}),
+        (f"POST {REGISTER}", {"content-length": "99999"}),
+        (f"POST /cloud/environment/{'x' * 50_000}/register", {}),
+        (f"GET /rendezvous/{'x' * 50_000}", {}),
+    ],
+)
+async def test_who_has_no_token_does_not_fill_the_log(
+    relay: Relay, caplog: pytest.LogCaptureFixture, line: str, headers: dict[str, str]
+) -> None:
+    caplog.set_level("INFO", "execenv.relay.audit")
+    method, target = line.split()
+    for _ in range(30):
+        await ask(relay.port, head(method, target, headers))
+    assert len(caplog.messages) <= 20
+    assert sum(map(len, caplog.messages)) < 10_000
+
+
+async def test_harness_that_reads_no_refusals_costs_no_memory(tmp_path: Path) -> None:
+    async with open_relay(tmp_path, max_harness_streams=1) as relay:
+        await relay.executor()
+        url = (await relay.bundle(await new_token(relay.store, "harness")))["url"]
+        frame = frames.encode(Frame("x" * 100, Resume()))
+        flood = b"".join(
+            bytes([0x82, 0x80 | len(data)]) + bytes(4) + data
+            for data in (frames.encode(Frame("one", Resume())), *[frame] * 50_000)
+        )
+        async with await trio.open_tcp_stream("127.0.0.1", relay.port) as stream:
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            await stream.send_all(head("GET", url.partition(str(relay.port))[2], UPGRADE))
+            await stream.send_all(flood)
+            await relay.wait_metric('frames_dropped_total{reason="foreign"}', 50_000)
+            assert (await relay.metrics())["queue_bytes"] < 1024 * 1024
 
 
 async def test_garbage_at_speed_costs_no_memory_and_no_socket(relay: Relay) -> None:
