@@ -87,3 +87,9 @@ async def test_resume_that_is_asked_for_twice_is_not_answered_for_ever(
         await trio.sleep(5)
         kinds = [type(frames.decode(data).body) for _, data in pair.rendezvous.frames[before:]]
         assert kinds.count(Resume) == 4
+
+
+@pytest.mark.parametrize("stream_id", ["a\nb", "a\x1b[2Jb", "a\u202eb"])
+def test_stream_id_that_would_forge_a_line_of_a_log_is_none(stream_id: str) -> None:
+    with pytest.raises(frames.InvalidFrame, match="cannot be printed"):
+        frames.decode(frames.encode(Frame(stream_id, Resume(0, OFFER))))

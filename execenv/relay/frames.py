@@ -164,6 +164,8 @@ def _parsed(data: bytes) -> RelayMessageFrame:
         raise InvalidFrame("its stream id is blank")
     if stream_id != stream_id.strip() or len(stream_id.encode()) > MAX_STREAM_ID:
         raise InvalidFrame(f"its stream id has blanks around it, or more than {MAX_STREAM_ID} bytes")
+    if not stream_id.isprintable():  # it stands in logs
+        raise InvalidFrame("its stream id cannot be printed")
     return message
 
 

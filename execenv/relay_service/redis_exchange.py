@@ -13,6 +13,7 @@ node that was away can't take it back. A presence counts only while its node is 
 from __future__ import annotations
 
 import secrets
+import struct
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -415,7 +416,7 @@ class RedisExchange(Exchange):
                     if self.address != address:
                         break
                     self._read_until = entry_id.decode()
-                    self._receive(Entry.unpack(fields[1]))
+                    self._take(fields[1])
                     self._trimmed.set()
                     await trio.lowlevel.checkpoint()  # others have their turn between two entries
 
@@ -427,6 +428,17 @@ class RedisExchange(Exchange):
             milliseconds, _, count = self._read_until.partition("-")
             with suppress(StoreUnavailable):  # the next one does it
                 await self._commands.call(b"XTRIM", inbox, b"MINID", f"{milliseconds}-{int(count) + 1}")
+
+    def _take(self, data: bytes) -> None:
+        sender = ""
+        try:
+            entry = Entry.unpack(data)
+            sender = entry.sender
+            self._receive(entry)
+        except (struct.error, ValueError):  # of another version, or of who else can write to Redis
+            logger.warning("node %s has got an entry that makes no sense", self.address)
+            if sender in self._peers:
+                self._drop(self._peers[sender], "what the other end has sent makes no sense")
 
     def _receive(self, entry: Entry) -> None:
         peer = self._peers.get(entry.sender)

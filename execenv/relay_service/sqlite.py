@@ -29,6 +29,9 @@ T = TypeVar("T")
 BUSY = 5.0
 """Seconds that a call waits for another process to finish its own."""
 
+MOST_SUPERSEDED = 100
+"""Keys of an environment that are refused, so that who registers with new ones all day fills no disk."""
+
 _APPLICATION = 0x45584543
 _VERSION = 1
 
@@ -142,6 +145,11 @@ class _SqliteStore(Store):
                 """INSERT OR REPLACE INTO superseded SELECT environment_id, executor_key, ? FROM registrations
                     WHERE environment_id = ? AND executor_key NOT IN ('', ?)""",
                 (now, environment_id, key),
+            )
+            database.execute(
+                """DELETE FROM superseded WHERE environment_id = ? AND rowid NOT IN
+                    (SELECT rowid FROM superseded WHERE environment_id = ? ORDER BY since DESC LIMIT ?)""",
+                (environment_id, environment_id, MOST_SUPERSEDED),
             )
             database.execute(
                 "INSERT OR REPLACE INTO registrations VALUES (?, ?, ?, ?, ?, ?)", astuple(registration)
