@@ -242,7 +242,8 @@ def _open(path: str) -> sqlite3.Connection:
     if mode & 0o077:
         raise UsageError(f"others may read {path}, which holds secrets: chmod 600 it first")
     with _errors(path):
-        database = sqlite3.connect(path, timeout=BUSY, isolation_level=None, check_same_thread=False)
+        file = os.path.abspath(path)  # as it was checked; `:memory:` would be none
+        database = sqlite3.connect(file, timeout=BUSY, isolation_level=None, check_same_thread=False)
         try:
             _prepare(path, database)
         except BaseException:

@@ -343,3 +343,11 @@ async def test_keys_that_were_superseded_are_not_kept_without_end(tmp_path: Path
         (count,) = database.execute("SELECT count(*) FROM superseded").fetchone()
         database.close()
     assert count == sqlite_store.MOST_SUPERSEDED
+
+
+async def test_file_is_a_file_whatever_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    async with open_sqlite(":memory:") as store:
+        await store.add_token(TOKEN)
+    async with open_sqlite(":memory:") as store:
+        assert await store.token("t1") == TOKEN
