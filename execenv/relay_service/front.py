@@ -86,8 +86,8 @@ class Node:
         self._gate = Gate(store, settings, self._metrics, clock)
         self._registry = Registry(store, exchange, self._gate, settings, self._metrics, clock)
         self._rendezvous = Rendezvous(store, self._gate, settings, clock)
-        self._pending = 0
-        self._silent: dict[trio.CancelScope, None] = {}  # those of `_pending` whose request is not there yet
+        self._pending = trio.CapacityLimiter(settings.max_pending)
+        self._silent: dict[trio.CancelScope, float] = {}  # whose request is not there yet, and since when
         self._refusals = Buckets(settings.failure_rate, settings.failure_burst, settings.max_buckets)
         self._accepting = trio.CancelScope()
 
@@ -136,14 +136,15 @@ class Node:
                 logger.exception("a connection ended with an error")
 
     async def _serve(self, stream: trio.SocketStream) -> None:
-        if self._pending >= self._settings.max_pending and not self._end_a_silent_one():
-            denied = Denied(503, "too_many_connections", "too many connections say nothing: try again")
-            await self._refuse(stream, "GET", denied, Caller(peer_address(stream)))
+        if self._pending.statistics().tasks_waiting >= self._settings.max_waiting:
+            denied = Denied(503, "too_many_connections", "too many connections wait: try again")
+            await self._refuse(stream, "POST", denied, Caller(peer_address(stream)))
             return
-        deadline = trio.current_time() + self._settings.handshake_deadline
-        with trio.CancelScope(deadline=deadline) as scope:
-            self._pending += 1
-            try:
+        if not self._pending.available_tokens:
+            self._hurry_a_silent_one()
+        with trio.CancelScope() as scope:
+            async with self._pending:
+                scope.deadline = trio.current_time() + self._settings.handshake_deadline
                 with self._listening(scope):
                     head = await read_head(stream)
                 if head is None:
@@ -156,30 +157,26 @@ class Node:
                     return
                 caller = evolve(caller, environment=found[1])
                 admission, caller = await self._admit(stream, head, caller)
-            finally:
-                self._pending -= 1
             if admission is not None:
                 await self._serve_socket(stream, head, admission, caller, scope)
 
     @contextmanager
     def _listening(self, scope: trio.CancelScope) -> Iterator[None]:
         """While a client still has to say what it wants."""
-        self._silent[scope] = None
+        deadline = scope.deadline
+        self._silent[scope] = trio.current_time()
         try:
             yield
         finally:
             self._silent.pop(scope, None)
+            scope.deadline = deadline
 
-    def _end_a_silent_one(self) -> bool:
-        """Make room for a client that may say something, by one that has said nothing for longest. Were the
-        new one refused, a thousand connections that cost nothing would keep out everybody."""
+    def _hurry_a_silent_one(self) -> None:
+        """Somebody waits for a place: who has one and says nothing has it for `max_silence` from then on.
+        Otherwise some hundred connections per second, which cost nothing, would keep out everybody."""
         scope = next(iter(self._silent), None)
-        if scope is None:
-            return False
-        del self._silent[scope]
-        scope.cancel()
-        self._metrics.refusals["silent"] += 1
-        return True
+        if scope is not None:
+            scope.deadline = min(scope.deadline, self._silent.pop(scope) + self._settings.max_silence)
 
     # Requests.
 
@@ -244,7 +241,7 @@ class Node:
     ) -> None:
         self._note_refusal(caller, denied.answer.status, denied.answer.code)
         await stream.send_all(_denial(denied, rendezvous=rendezvous).encoded(method))
-        if method == "POST":
+        if method == "POST":  # or not known
             await _discard(stream)
 
     def _note_refusal(self, caller: Caller, status: int, code: str) -> None:
@@ -294,7 +291,13 @@ class Node:
         else:
             socket = HarnessSocket(self._settings, self._metrics, admission.principal)
         entry = Entry(
-            admission.role, admission.environment_id, admission.token_id, socket.close, lambda: socket.queued
+            admission.role,
+            admission.environment_id,
+            admission.token_id,
+            socket.close,
+            lambda: socket.queued,
+            admission.principal,
+            socket.probe,
         )
         channel = None
         try:

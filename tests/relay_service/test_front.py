@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from execenv.relay import frames
 from execenv.relay.frames import Data, Frame, Resume
@@ -229,7 +230,7 @@ async def test_head_that_is_none_or_too_long_is_refused(relay: Relay, data: byte
 
 @pytest.mark.parametrize("kind", ["nothing", "head", "body"])
 async def test_client_that_takes_its_time_is_cut(tmp_path: Path, kind: str) -> None:
-    async with open_relay(tmp_path, handshake_deadline=0.3) as relay:
+    async with open_relay(tmp_path, handshake_deadline=1) as relay:
         data = {
             "nothing": b"",
             "head": b"GET /readyz HTTP/1.1\r\nx-slow: ",
@@ -238,8 +239,8 @@ async def test_client_that_takes_its_time_is_cut(tmp_path: Path, kind: str) -> N
         began = trio.current_time()
         async with await trio.open_tcp_stream("127.0.0.1", relay.port) as stream:
             await stream.send_all(data)
-            with trio.fail_after(5):
-                while trio.current_time() < began + 5:
+            with trio.fail_after(20):
+                while True:
                     try:
                         await stream.send_all(b"x" if kind != "nothing" else b"")
                         with trio.move_on_after(0.02):
@@ -247,62 +248,52 @@ async def test_client_that_takes_its_time_is_cut(tmp_path: Path, kind: str) -> N
                                 break
                     except trio.BrokenResourceError:
                         break
-        assert 0.29 < trio.current_time() - began < 4
+        assert trio.current_time() - began > 0.9
         assert (await relay.get("/readyz")).status == 200
 
 
 async def test_socket_has_no_deadline_once_it_is_open(tmp_path: Path) -> None:
-    async with open_relay(tmp_path, handshake_deadline=0.3) as relay:
+    async with open_relay(tmp_path, handshake_deadline=2) as relay:
         executor, harness = await relay.executor(), await relay.harness()
-        await trio.sleep(0.5)
+        await trio.sleep(2.2)  # nothing is to happen
         harness.send("s", Resume())
         assert await executor.receive() == Frame("s", Resume())
+
+
+async def test_connections_that_say_nothing_are_as_many_as_they_may_be(tmp_path: Path) -> None:
+    async with open_relay(tmp_path, max_pending=3, max_waiting=1, handshake_deadline=3) as relay:
+        executor, harness = await relay.executor(), await relay.harness()  # these have said it
+        answers: list[int] = []
+
+        async def look() -> None:
+            answers.append((await relay.get("/readyz")).status)
+
+        async with AsyncExitStack() as stack:
+            for _ in range(3):
+                await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", relay.port))
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            async with trio.open_nursery() as nursery:
+                for _ in range(2):
+                    nursery.start_soon(look)
+                harness.send("s", Resume())
+                assert await executor.receive() == Frame("s", Resume())
+        assert answers == [503, 200]  # the second one when the three were cut
 
 
 @pytest.mark.parametrize(
     "said", [b"", b"GET / HTTP/1.1\r\n", head("POST", REGISTER, {"content-length": "9"})]
 )
-async def test_connections_that_say_nothing_keep_out_nobody(tmp_path: Path, said: bytes) -> None:
-    async with open_relay(tmp_path, max_pending=3) as relay:
-        executor, harness = await relay.executor(), await relay.harness()  # these have said it
-        async with AsyncExitStack() as stack:
-            silent = []
-            for _ in range(4):
-                stream = await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", relay.port))
-                await stream.send_all(said)
-                silent.append(stream)
-            with trio.fail_after(5):
-                assert await silent[0].receive_some() == b""  # the oldest made room for the last
-            assert (await relay.get("/readyz")).status == 200
-            harness.send("s", Resume())
-            assert await executor.receive() == Frame("s", Resume())
-
-
-async def test_requests_that_wait_for_the_store_are_as_many_as_they_may_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with open_relay(tmp_path, max_pending=3) as relay:
-        asked, answer = trio.Semaphore(0), trio.Event()
-
-        async def slow() -> None:
-            asked.release()
-            await answer.wait()
-
-        monkeypatch.setattr(relay.store, "ping", slow)
-        statuses = []
-
-        async def ask_for_readiness() -> None:
-            statuses.append((await relay.get("/readyz")).status)
-
-        async with trio.open_nursery() as nursery:
-            for _ in range(3):
-                nursery.start_soon(ask_for_readiness)
-            for _ in range(3):
-                await asked.acquire()
-            reply = await ask(relay.port, b"")
-            assert (reply.status, reply.code) == (503, "too_many_connections")
-            answer.set()
-        assert statuses == [200, 200, 200]
+async def test_connections_that_say_nothing_are_cut_while_others_wait(tmp_path: Path, said: bytes) -> None:
+    limits = {"max_pending": 3, "handshake_deadline": 60, "max_silence": 0.1}
+    async with open_relay(tmp_path, **limits) as relay, AsyncExitStack() as stack:
+        silent = []
+        for _ in range(3):
+            stream = await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", relay.port))
+            await stream.send_all(said)
+            silent.append(stream)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert (await relay.get("/readyz")).status == 200
+        assert await silent[0].receive_some() == b""
 
 
 @pytest.mark.parametrize(
