@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -284,7 +285,7 @@ async def test_connections_that_say_nothing_are_as_many_as_they_may_be(tmp_path:
     "said", [b"", b"GET / HTTP/1.1\r\n", head("POST", REGISTER, {"content-length": "9"})]
 )
 async def test_connections_that_say_nothing_are_cut_while_others_wait(tmp_path: Path, said: bytes) -> None:
-    limits = {"max_pending": 3, "handshake_deadline": 60, "max_silence": 0.1}
+    limits: dict[str, Any] = {"max_pending": 3, "handshake_deadline": 60, "max_silence": 0.1}
     async with open_relay(tmp_path, **limits) as relay, AsyncExitStack() as stack:
         silent = []
         for _ in range(3):
