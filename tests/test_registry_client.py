@@ -16,7 +16,7 @@ from attrs import evolve
 from trio.testing import MockClock
 
 from execenv.errors import ConnectFailed, UsageError
-from execenv.relay.addresses import check_socket_url, parse_base_url
+from execenv.relay.addresses import InvalidUrl, check_socket_url, parse_base_url
 from execenv.relay.registry import (
     MAX_ANSWER,
     MAX_ERROR,
@@ -421,7 +421,14 @@ async def test_members_that_are_not_known_are_passed_over(client: Client) -> Non
     ],
 )
 def test_url_of_a_websocket_that_nobody_can_listen_in_to_is_taken(url: str) -> None:
-    check_socket_url(url)
+    check_socket_url(url, here=True)
+
+
+@pytest.mark.parametrize("url", ["ws://127.0.0.1:7/x", "ws://localhost/", "wss://[::1]/", "wss://127.1.1.1/"])
+def test_registry_elsewhere_leads_nobody_to_what_listens_on_his_own_machine(url: str) -> None:
+    check_socket_url(url, here=True)
+    with pytest.raises(InvalidUrl, match="is of this machine, where the registry is not"):
+        check_socket_url(url, here=False)
 
 
 def test_values_hide_what_is_secret() -> None:

@@ -25,6 +25,9 @@ MAX_REASON = 256  # bytes
 MAX_SEGMENTS = 1 << 16
 SEGMENT = 60 * 1024
 """The largest piece of a message that a frame carries between ends that segment."""
+OFFER, ANSWER = 1, 2
+"""What a `Resume` is: one that the other end answers, and one that it does not. Were every one answered, a
+single one too many would go to and fro for ever."""
 MAX_SEQ = 2**32 - 2
 """The last sequence number of a stream and direction (relay.md §5.5)."""
 
@@ -61,8 +64,8 @@ class Resume:
     """What its sender has received: everything before `next_seq`.
 
     Attributes:
-        reliability: 1 if the sender acknowledges, resumes and resends, and expects as much; 0 of a program
-            that knows nothing of that.
+        reliability: `OFFER` or `ANSWER` if the sender acknowledges, resumes and resends, and expects as much;
+            0 of a program that knows nothing of that.
     """
 
     next_seq: int = 0
@@ -157,6 +160,8 @@ def _parsed(data: bytes) -> RelayMessageFrame:
         raise InvalidFrame("its stream id is blank")
     if stream_id != stream_id.strip() or len(stream_id.encode()) > MAX_STREAM_ID:
         raise InvalidFrame(f"its stream id has blanks around it, or more than {MAX_STREAM_ID} bytes")
+    if not stream_id.isprintable():  # it stands in logs
+        raise InvalidFrame("its stream id cannot be printed")
     return message
 
 

@@ -202,6 +202,8 @@ class HarnessStream(RelayStream):
                 self._segments = True
             self._agreed = True
             return
+        if self._initiator is not None:
+            return  # nothing was sent that could be resumed: somebody on the way would open the stream early
         super()._resume(resume)
         self._resumed.set()
 

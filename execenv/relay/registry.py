@@ -219,7 +219,7 @@ class Registry:
     def _socket_url(self, answer: Mapping[str, object]) -> str:
         url = self._text(answer, "url")
         try:
-            check_socket_url(url)
+            check_socket_url(url, here=self._base.is_loopback)
         except InvalidUrl as error:
             raise self._senseless(f"the websocket URL in its answer {error}") from None
         return url

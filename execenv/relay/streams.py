@@ -17,6 +17,8 @@ import trio
 from execenv._service import Wakeup, open_nursery
 from execenv.errors import ConnectionLost
 from execenv.relay.frames import (
+    ANSWER,
+    OFFER,
     SEGMENT,
     Ack,
     Body,
@@ -315,6 +317,8 @@ class RelayStream(Channel):
             for payload in self._cipher.seal(parts):
                 yield payload, 0, 1
             return
+        if self._encrypts:  # whatever has opened the stream before its handshake was done
+            raise StreamBroken("a message would have gone out in clear text")
         message = b"".join(parts)
         if not self._segments or len(message) <= SEGMENT:
             yield message, 0, 1
@@ -408,17 +412,18 @@ class RelayStream(Channel):
     def _resume(self, resume: Resume) -> None:
         if self._reliable is None or not resume.reliability:
             return
+        asked, self._asked = self._asked, False
+        if resume.reliability == ANSWER and not asked:
+            return
         self._reliable.resumed(resume.next_seq, trio.current_time())
-        if self._asked:
-            self._asked = False
-        else:
-            self._send_control(self._what_we_have())
+        if not asked:
+            self._send_control(self._what_we_have(ANSWER))
         self._open = True
         self._set_interrupted("")
 
-    def _what_we_have(self) -> Resume:
+    def _what_we_have(self, kind: int = OFFER) -> Resume:
         assert self._reliable is not None
-        return Resume(self._reliable.ack, reliability=1)
+        return Resume(self._reliable.ack, reliability=kind)
 
     def _ask(self) -> None:
         """Have the other end say what it has."""

@@ -29,6 +29,9 @@ T = TypeVar("T")
 BUSY = 5.0
 """Seconds that a call waits for another process to finish its own."""
 
+MOST_SUPERSEDED = 100
+"""Keys of an environment that are refused, so that who registers with new ones all day fills no disk."""
+
 _APPLICATION = 0x45584543
 _VERSION = 1
 
@@ -149,6 +152,11 @@ class _SqliteStore(Store):
                 (now, environment_id, key),
             )
             database.execute(
+                """DELETE FROM superseded WHERE environment_id = ? AND rowid NOT IN
+                    (SELECT rowid FROM superseded WHERE environment_id = ? ORDER BY since DESC LIMIT ?)""",
+                (environment_id, environment_id, MOST_SUPERSEDED),
+            )
+            database.execute(
                 "INSERT OR REPLACE INTO registrations VALUES (?, ?, ?, ?, ?, ?)", astuple(registration)
             )
             return True
@@ -239,7 +247,8 @@ def _open(path: str, durable: bool) -> sqlite3.Connection:
     if mode & 0o077:
         raise UsageError(f"others may read {path}, which holds secrets: chmod 600 it first")
     with _errors(path):
-        database = sqlite3.connect(path, timeout=BUSY, isolation_level=None, check_same_thread=False)
+        file = os.path.abspath(path)  # as it was checked; `:memory:` would be none
+        database = sqlite3.connect(file, timeout=BUSY, isolation_level=None, check_same_thread=False)
         try:
             _prepare(path, database, durable)
         except BaseException:
