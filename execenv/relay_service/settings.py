@@ -19,7 +19,9 @@ class Settings:
         authorization_ttl: seconds until an authorisation has to be validated.
         public_metrics: /metrics is for everybody, and not only for this machine.
         handshake_deadline: seconds for a client to say what it wants, and for the answer to be known.
-        max_pending: connections that have not said yet what they want.
+        max_pending: connections that have not said yet what they want, and are listened to.
+        max_waiting: connections that are not listened to yet. Refused is who comes then: a released executor
+            whose registration is refused ends, so it had better wait.
         max_body: of a request.
         max_sockets: websockets of this node.
         max_environment_harnesses, max_token_harnesses: harness sockets of this node for one environment, and
@@ -30,9 +32,11 @@ class Settings:
         harness_queue: what may wait for a harness that reads slowly before its executor is held up.
         node_queue: the same, for all harnesses of this node together.
         patience: seconds that an executor may be held up by one harness, before that is cut.
-        token_rate, token_burst: requests for a token, per second and at once.
+        token_rate, token_burst: requests with a token for an environment, per second and at once. Not with a
+            token for all of them together: after a restart of the relay all executors come at once, and a
+            released one that is told 429 when it registers ends (relay.md §1.4).
         failure_rate, failure_burst: failed authentications of an address, per second and at once.
-        max_buckets: tokens and addresses that are counted, each.
+        max_buckets: such pairs, and addresses, that are counted, each.
         sweep_interval: seconds between two looks at which tokens still hold.
         ping_interval, pong_timeout: see `WebsocketChannel`.
     """
@@ -45,6 +49,7 @@ class Settings:
     public_metrics: bool = False
     handshake_deadline: float = 10.0
     max_pending: int = 1024
+    max_waiting: int = 8192
     max_body: int = 32 * 1024
     max_sockets: int = 20_000
     max_environment_harnesses: int = 128
@@ -56,12 +61,12 @@ class Settings:
     harness_queue: int = 16 * 1024 * 1024
     node_queue: int = 512 * 1024 * 1024
     patience: float = 10.0
-    token_rate: float = 50.0
-    token_burst: float = 500.0
+    token_rate: float = 10.0
+    token_burst: float = 200.0
     failure_rate: float = 1.0
     failure_burst: float = 20.0
-    max_buckets: int = 10_000
-    sweep_interval: float = 3.0
+    max_buckets: int = 20_000
+    sweep_interval: float = 2.0
     ping_interval: float = 30.0
     pong_timeout: float = 60.0
 

@@ -252,20 +252,16 @@ def _closed_fd(fd: int) -> Iterator[int]:
 
 
 def _prepare(path: str, database: sqlite3.Connection) -> None:
+    _version(path, database)  # before anything is written: it may be somebody else's
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA synchronous = FULL")  # a token that was revoked stays so after a power cut
     with _transaction(database):
-        (application,) = database.execute("PRAGMA application_id").fetchone()
-        (version,) = database.execute("PRAGMA user_version").fetchone()
-        (objects,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if not objects and (application, version) == (0, 0):
+        version = _version(path, database)
+        if version == 0:
             for statement in _SCHEMA:
                 database.execute(statement)
             database.execute(f"PRAGMA application_id = {_APPLICATION}")
             database.execute(f"PRAGMA user_version = {_VERSION}")
-            return
-    if application != _APPLICATION:
-        raise _not_a_store(path)
     if version > _VERSION:
         raise UsageError(
             f"{path} was written by a newer version of execenv (format {version}, "
@@ -275,3 +271,13 @@ def _prepare(path: str, database: sqlite3.Connection) -> None:
         (result,) = check.fetchone()
     if result != "ok":
         raise UsageError(f"{path} is damaged ({result}): put back a copy, or move it away")
+
+
+def _version(path: str, database: sqlite3.Connection) -> int:
+    """The version of the file; 0 if it is empty."""
+    (application,) = database.execute("PRAGMA application_id").fetchone()
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    (objects,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if application != _APPLICATION and (application, version, objects) != (0, 0, 0):
+        raise _not_a_store(path)
+    return int(version)
