@@ -6,8 +6,9 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 
 import trio
@@ -26,12 +27,14 @@ class RelayServer:
     """A relay that runs.
 
     Attributes:
-        listening: the socket of the public URL, where a proxy is to serve.
+        url: the public one, of the registry.
+        listening: the socket of that, where a proxy is to serve; `None` if that is the relay itself.
         port: of the relay itself.
         folder: of the store, and of what the processes log.
     """
 
-    listening: socket.socket
+    url: str
+    listening: socket.socket | None
     port: int
     folder: Path
     executor_token: str
@@ -39,31 +42,47 @@ class RelayServer:
 
 
 @contextmanager
-def run_relay(folder: Path) -> Iterator[RelayServer]:
+def run_relay(folder: Path, *, proxied: bool = True) -> Iterator[RelayServer]:
     """`execenv relay serve` on a free port, with a store of its own and a token for each role of `BOX`.
 
     SIGTERM must end it well.
     """
     store = str(folder / "relay.sqlite3")
-    with socket.create_server(("127.0.0.1", 0)) as listening, (folder / "relay.log").open("wb") as stderr:
-        public = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        executor_token, harness_token = (_token(store, role) for role in ("executor", "harness"))
-        process = subprocess.Popen(
-            [*EXECENV, "relay", "serve", "--store", store, "--public-url", public],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-        )
+    executor_token, harness_token = (_token(store, role) for role in ("executor", "harness"))
+    argv = [*EXECENV, "relay", "serve", "--store", store]
+    with ExitStack() as stack:
+        listening = None
+        if proxied:
+            listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            argv += ["--public-url", f"http://127.0.0.1:{listening.getsockname()[1]}"]
+        stderr = stack.enter_context((folder / "relay.log").open("wb"))
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr)
         assert process.stdout is not None
         try:
             url = process.stdout.readline().decode().strip()
-            yield RelayServer(listening, int(url.rpartition(":")[2]), folder, executor_token, harness_token)
+            yield RelayServer(
+                argv[-1] if proxied else url,
+                listening,
+                int(url.rpartition(":")[2]),
+                folder,
+                executor_token,
+                harness_token,
+            )
             process.terminate()
             assert process.wait(10) == 0
         finally:
             process.kill()
             process.wait()
             process.stdout.close()
+
+
+def wait_for_executor(relay: RelayServer) -> None:
+    """Wait until an executor has connected, by what the relay logs."""
+    for _ in range(400):
+        if b'"event":"connect"' in (relay.folder / "relay.log").read_bytes():
+            return
+        time.sleep(0.05)
+    raise TimeoutError("no executor has connected within 20 s")
 
 
 def _token(store: str, role: Role) -> str:
@@ -81,7 +100,7 @@ class Relay:
     @property
     def url(self) -> str:
         """Of the registry."""
-        return self.proxy.url
+        return self.server.url
 
     def target(self, security: Security = "noise") -> RelayTarget:
         return RelayTarget(self.url, BOX, self.server.harness_token, security=security)
@@ -98,6 +117,7 @@ class Relay:
 
 @asynccontextmanager
 async def open_proxied(server: RelayServer) -> AsyncIterator[Relay]:
+    assert server.listening is not None
     async with open_relay_proxy(server.listening, server.port) as proxy:
         yield Relay(server, proxy)
 
@@ -119,7 +139,13 @@ async def open_executor(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=stderr,
-            env={**os.environ, **(env or {}), "EXECENV_API_KEY": relay.server.executor_token},
+            # A home of its own: what codex runs there are login shells, which may do anything in ours.
+            env={
+                **os.environ,
+                "HOME": str(relay.server.folder),
+                **(env or {}),
+                "EXECENV_API_KEY": relay.server.executor_token,
+            },
         )
     assert process.stdout is not None
     try:

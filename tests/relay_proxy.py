@@ -154,10 +154,6 @@ class RelayProxy:
     connections: set[Connection] = field(factory=set)
     _changed: trio.Event = field(factory=trio.Event)
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
     def open_sockets(self, leg: Leg) -> list[Connection]:
         return [one for one in self.connections if one.leg == leg and one.upgraded and not one.swallows]
 

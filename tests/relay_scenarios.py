@@ -133,6 +133,11 @@ BEGINNINGS = {
 }
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - what other processes do has no event here
+        await trio.sleep(0.01)
+
+
 # What can be read on the way.
 
 MARKERS = {
