@@ -393,7 +393,7 @@ class RedisExchange(Exchange):
     async def _add(self, address: str, data: bytes) -> bool:
         inbox = self._inbox_key(address)
         done = await self._commands.call(
-            b"XADD", inbox, b"NOMKSTREAM", b"MAXLEN", b"~", MAX_INBOX, b"*", b"d", data
+            b"XADD", inbox, b"NOMKSTREAM", b"MAXLEN", b"~", MAX_INBOX, b"*", b"d", data, urgent=True
         )
         return done is not None
 
@@ -441,7 +441,9 @@ class RedisExchange(Exchange):
             inbox = self._inbox_key(self.address)
             milliseconds, _, count = self._read_until.partition("-")
             with suppress(StoreUnavailable):  # the next one does it
-                await self._commands.call(b"XTRIM", inbox, b"MINID", f"{milliseconds}-{int(count) + 1}")
+                await self._commands.call(
+                    b"XTRIM", inbox, b"MINID", f"{milliseconds}-{int(count) + 1}", urgent=True
+                )
 
     def _receive(self, entry: Entry) -> None:
         peer = self._peers.get(entry.sender)
@@ -536,7 +538,9 @@ class RedisExchange(Exchange):
                 await self._commands.wait_down()
                 await self._commands.wait_up()
             try:
-                remains = await self._commands.call(b"EVAL", _REMAIN, 2, *self._node_keys(), *self._lives())
+                remains = await self._commands.call(
+                    b"EVAL", _REMAIN, 2, *self._node_keys(), *self._lives(), urgent=True
+                )
                 if not remains:
                     self._begin_again()
                     await self.begin()
