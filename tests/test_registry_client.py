@@ -16,6 +16,7 @@ from attrs import evolve
 from trio.testing import MockClock
 
 from execenv.errors import ConnectFailed, UsageError
+from execenv.relay import registry as registry_module
 from execenv.relay.addresses import InvalidUrl, check_socket_url, parse_base_url
 from execenv.relay.registry import (
     MAX_ANSWER,
@@ -761,7 +762,7 @@ async def test_certificates_of_the_system_are_read_for_https_only(monkeypatch: p
     def read() -> ssl.SSLContext:
         raise AssertionError("they were read")
 
-    monkeypatch.setattr(ssl, "create_default_context", read)
+    monkeypatch.setattr(registry_module, "default_ssl", read)
     async with open_registry("http://127.0.0.1:1", headers=dict):
         pass
     with pytest.raises(AssertionError, match="they were read"):

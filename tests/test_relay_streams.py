@@ -16,7 +16,7 @@ from execenv.errors import ConnectionLost
 from execenv.relay import executor, frames
 from execenv.relay.executor import HARNESS_DISCONNECTED, PROTOCOL_ERROR, ExecutorStream
 from execenv.relay.frames import Ack, Data, Frame, Handshake, Reset, Resume
-from execenv.relay.harness import HarnessStream
+from execenv.relay.harness import BURST, BURST_PAUSE, HarnessStream
 from execenv.relay.keys import PublicKey
 from execenv.relay.noise import Identity, NoiseFailed
 from execenv.transports.channel import Channel
@@ -384,6 +384,41 @@ async def test_end_that_does_not_acknowledge_is_served_without(
                 await client.wait_for(len(sent) + 1)
             await wait_all_tasks_blocked()
             assert stream.closed
+
+
+@NOISE
+async def test_end_that_does_not_acknowledge_gets_no_more_at_once_than_it_keeps(
+    autojump_clock: MockClock, noise: bool
+) -> None:
+    """It resets a stream of which it has more than 128 messages that it has not come to."""
+    got: list[bytes] = []
+    channels: list[Channel] = []
+
+    async def serve(channel: Channel) -> None:
+        channels.append(channel)
+        await channel.run(got.append)
+
+    async with open_pair(serve, noise=noise) as pair:
+        pair.rendezvous.watch = lambda way, data: type(frames.decode(data).body) is not Resume
+        async with open_client(pair) as client:
+            client.stream.send_nowait(message(0))
+            await wait_all_tasks_blocked()
+            channels[0].send_nowait(b'{"id":0,"result":{}}')  # the harness knows now that it is one of those
+            await client.wait_for(1)
+            sent = [message(number) for number in range(1, 301)]
+            for one in sent:
+                client.stream.send_nowait(one)
+            await wait_all_tasks_blocked()
+            assert len(got) == 1 + BURST
+            for number in range(10):
+                channels[0].send_nowait(b'{"id":%d,"result":{}}' % number)
+                channels[0].send_nowait(b'{"method":"process/output","params":{}}')
+            await wait_all_tasks_blocked()
+            assert len(got) == 1 + BURST + 10
+            await trio.sleep(BURST_PAUSE * 3.5)
+            assert len(got) == 1 + BURST + 10 + 3 * BURST
+            await trio.sleep(BURST_PAUSE)
+            assert got[1:] == sent
 
 
 # The executor's table (relay.md §4.3, 4.5), frame by frame.

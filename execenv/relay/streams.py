@@ -300,7 +300,7 @@ class RelayStream(Channel):
     def _next_payload(self) -> tuple[bytes, int, int] | None:
         while True:
             if self._payloads is None:
-                if not self._outgoing:
+                if not self._outgoing or self._must_wait():
                     return None
                 parts = self._outgoing.popleft()
                 self._size_now = sum(map(len, parts))
@@ -311,6 +311,10 @@ class RelayStream(Channel):
             self._sent(self._size_now)
             if self._ending and not self._outgoing:
                 self._wakeup.set()
+
+    def _must_wait(self) -> bool:
+        """Whether the next message is not to be begun yet; who says so calls `_send_more` later."""
+        return False
 
     def _cut(self, parts: tuple[bytes, ...]) -> Iterator[tuple[bytes, int, int]]:
         if self._cipher is not None:
