@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from importlib import import_module
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
-    import socket
-
     from execenv.relay_service.exchange import Exchange
     from execenv.relay_service.store import Store
 
@@ -151,7 +149,8 @@ async def _serve(
 ) -> None:
     from execenv.relay_service import serve_relay
 
-    async with _open_state(store_path, redis_url) as (store, exchange):
+    node_id = f"{socket.gethostname()}:{sock.getsockname()[1]}"
+    async with _open_state(store_path, redis_url, node_id) as (store, exchange):
         click.echo(url)
         await serve_relay(sock, store=store, exchange=exchange, settings=settings)
 
@@ -276,26 +275,42 @@ def _run(debug: bool, work: Any) -> None:
 
 @asynccontextmanager
 async def _open_store(path: str | None, redis_url: str | None) -> AsyncIterator[Store]:
-    async with _open_state(path, redis_url) as (store, _):
-        yield store
-
-
-@asynccontextmanager
-async def _open_state(path: str | None, redis_url: str | None) -> AsyncIterator[tuple[Store, Exchange]]:
-    from execenv.relay_service.store import StoreUnavailable
-
-    try:
+    with _store_errors():
         if redis_url is not None:
-            redis = import_module("execenv.relay_service.redis")  # in an extra of its own
+            from execenv.relay_service.redis import open_redis_store
 
-            async with redis.open_redis(redis_url) as state:
-                yield state
+            async with open_redis_store(redis_url) as store:
+                yield store
             return
-        from execenv.relay_service.exchange_local import LocalExchange
         from execenv.relay_service.sqlite import open_sqlite
 
         async with open_sqlite(path or _default_store()) as store:
+            yield store
+
+
+@asynccontextmanager
+async def _open_state(
+    path: str | None, redis_url: str | None, node_id: str
+) -> AsyncIterator[tuple[Store, Exchange]]:
+    if redis_url is None:
+        from execenv.relay_service.exchange_local import LocalExchange
+
+        async with _open_store(path, None) as store:
             yield store, LocalExchange()
+        return
+    from execenv.relay_service.redis import open_redis
+
+    with _store_errors():
+        async with open_redis(redis_url, node_id=node_id) as state:
+            yield state
+
+
+@contextmanager
+def _store_errors() -> Iterator[None]:
+    from execenv.relay_service.store import StoreUnavailable
+
+    try:
+        yield
     except StoreUnavailable as error:
         raise click.ClickException(f"the store of the relay cannot be used: {error}") from error
 

@@ -101,20 +101,20 @@ class Gate:
                     {"www-authenticate": "Bearer"},
                 ),
             )
-        self.count(record.token_id)
+        self.count(record.token_id, caller.environment)
         if record.role != caller.role:
             raise Denied(403, "wrong_role", f"this token has not the role {caller.role}")
         if not tokens.is_for(record, caller.environment):
             raise Denied(403, "wrong_environment", "this token is for another environment")
         return record
 
-    def count(self, token_id: str) -> None:
-        """Count a request for a token that is known.
+    def count(self, token_id: str, environment_id: str) -> None:
+        """Count a request with a token that is known.
 
         Raises:
             Denied: if there were too many.
         """
-        wait = self._requests.take(token_id, self._clock())
+        wait = self._requests.take(f"{token_id} {environment_id}", self._clock())
         if wait:
             raise _too_often(wait, "rate_limited")
 

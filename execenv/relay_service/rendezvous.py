@@ -83,7 +83,7 @@ class Rendezvous:
         again = 403 if ticket.role == "executor" else 401
         if now >= ticket.expires:
             raise Denied(again, "url_expired", "this URL has expired")
-        self._gate.count(ticket.token_id)
+        self._gate.count(ticket.token_id, ticket.environment_id)
         token = await self._store.token(ticket.token_id)
         if token is None or not tokens.is_current(token, now):
             raise Denied(403, "token_revoked", "the token of this URL is no longer valid")

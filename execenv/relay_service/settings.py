@@ -30,9 +30,11 @@ class Settings:
         harness_queue: what may wait for a harness that reads slowly before its executor is held up.
         node_queue: the same, for all harnesses of this node together.
         patience: seconds that an executor may be held up by one harness, before that is cut.
-        token_rate, token_burst: requests for a token, per second and at once.
+        token_rate, token_burst: requests with a token for an environment, per second and at once. Not with a
+            token for all of them together: after a restart of the relay all executors come at once, and a
+            released one that is told 429 when it registers ends (relay.md §1.4).
         failure_rate, failure_burst: failed authentications of an address, per second and at once.
-        max_buckets: tokens and addresses that are counted, each.
+        max_buckets: such pairs, and addresses, that are counted, each.
         sweep_interval: seconds between two looks at which tokens still hold.
         ping_interval, pong_timeout: see `WebsocketChannel`.
     """
@@ -56,11 +58,11 @@ class Settings:
     harness_queue: int = 16 * 1024 * 1024
     node_queue: int = 512 * 1024 * 1024
     patience: float = 10.0
-    token_rate: float = 50.0
-    token_burst: float = 500.0
+    token_rate: float = 10.0
+    token_burst: float = 200.0
     failure_rate: float = 1.0
     failure_burst: float = 20.0
-    max_buckets: int = 10_000
+    max_buckets: int = 20_000
     sweep_interval: float = 3.0
     ping_interval: float = 30.0
     pong_timeout: float = 60.0

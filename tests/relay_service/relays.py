@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from execenv.relay.frames import Body, Data, Frame
 from execenv.relay.keys import PublicKey
 from execenv.relay.registry import NOISE_PROFILE
 from execenv.relay_service import Settings, serve_relay, tokens
+from execenv.relay_service.exchange import Exchange
 from execenv.relay_service.exchange_local import LocalExchange
+from execenv.relay_service.redis import open_redis
 from execenv.relay_service.sqlite import open_sqlite
 from execenv.relay_service.store import Role, Store
 from execenv.transports import websocket
@@ -133,13 +137,18 @@ class Client:
 class Relay:
     """A relay that runs, and what it was made of."""
 
-    port: int
+    ports: list[int]
     store: Store
-    exchange: LocalExchange
+    exchange: Exchange
     clock: Clock
     nursery: trio.Nursery
     stop: trio.CancelScope
     stopped: trio.Event
+
+    @property
+    def port(self) -> int:
+        """Of the node that executors are at. Harnesses are at the last one."""
+        return self.ports[0]
 
     async def request(
         self,
@@ -148,26 +157,30 @@ class Relay:
         body: object = None,
         *,
         environment_id: str = BOX,
-        headers: Mapping[str, str] | None = None,
     ) -> Reply:
         data = b"" if body is None else orjson.dumps(body)
         given = {"authorization": f"Bearer {token}"} if token is not None else {}
-        given |= {"content-length": str(len(data)), **(headers or {})}
-        return await ask(
-            self.port, head("POST", f"/cloud/environment/{environment_id}/{operation}", given) + data
-        )
+        given |= {"content-length": str(len(data))}
+        port = self.ports[-1 if operation == "connect" else 0]
+        return await ask(port, head("POST", f"/cloud/environment/{environment_id}/{operation}", given) + data)
 
     async def get(self, target: str, headers: Mapping[str, str] | None = None) -> Reply:
         return await ask(self.port, head("GET", target, headers or {}))
 
-    async def metrics(self) -> dict[str, int]:
-        lines = (await self.get("/metrics")).body.decode().splitlines()
-        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-        return {name.removeprefix("execenv_relay_"): int(value) for name, value in pairs}
+    async def metrics(self) -> Counter[str]:
+        """Those of all nodes together."""
+        total: Counter[str] = Counter()
+        for port in self.ports:
+            lines = (await ask(port, head("GET", "/metrics", {}))).body.decode().splitlines()
+            for line in lines:
+                if not line.startswith("#"):
+                    name, _, value = line.removeprefix("execenv_relay_").rpartition(" ")
+                    total[name] += int(value)
+        return total
 
     async def wait_metric(self, name: str, value: int) -> None:
         """Wait until a counter has come to a value."""
-        while (await self.metrics()).get(name) != value:  # noqa: ASYNC110 - there is nothing to be told by
+        while (await self.metrics())[name] != value:  # noqa: ASYNC110 - there is nothing to be told by
             await trio.sleep(0.01)
 
     async def wait_offline(self, environment_id: str = BOX) -> None:
@@ -203,22 +216,34 @@ class Relay:
 
 
 @asynccontextmanager
-async def open_relay(folder: Path, **limits: Any) -> AsyncIterator[Relay]:
-    """A relay on loopback with a store of its own."""
-    sock = socket.create_server(("127.0.0.1", 0), backlog=1024)
-    port = sock.getsockname()[1]
-    settings = Settings(f"http://127.0.0.1:{port}", **limits)
-    clock, exchange, stop, stopped = Clock(), LocalExchange(), trio.CancelScope(), trio.Event()
+async def open_relay(folder: Path, redis_url: str | None = None, **limits: Any) -> AsyncIterator[Relay]:
+    """A relay on loopback with a store of its own; two nodes of one, if there is a Redis for them."""
+    clock, stop = Clock(), trio.CancelScope()
     with trio.fail_after(20):
-        async with open_sqlite(str(folder / "relay.sqlite3")) as store, trio.open_nursery() as nursery:
+        async with AsyncExitStack() as stack:
+            nodes: list[tuple[Store, Exchange]] = []
+            if redis_url is None:
+                store = await stack.enter_async_context(open_sqlite(str(folder / "relay.sqlite3")))
+                nodes = [(store, LocalExchange())]
+            else:
+                states = [open_redis(redis_url, node_id=name) for name in ("a", "b")]
+                nodes = [await stack.enter_async_context(state) for state in states]
+            socks = [socket.create_server(("127.0.0.1", 0), backlog=1024) for _ in nodes]
+            ports = [sock.getsockname()[1] for sock in socks]
+            nursery = await stack.enter_async_context(trio.open_nursery())
+            stopped = trio.Event()
 
             async def run() -> None:
                 with stop:
-                    await serve_relay(sock, store=store, exchange=exchange, settings=settings, clock=clock)
+                    async with trio.open_nursery() as serving:
+                        for sock, port, (store, exchange) in zip(socks, ports, nodes, strict=True):
+                            settings = Settings(f"http://127.0.0.1:{port}", **limits)
+                            serve = partial(serve_relay, store=store, exchange=exchange, settings=settings)
+                            serving.start_soon(partial(serve, sock, clock=clock))
                 stopped.set()
 
             nursery.start_soon(run)
-            yield Relay(port, store, exchange, clock, nursery, stop, stopped)
+            yield Relay(ports, *nodes[0], clock, nursery, stop, stopped)
             nursery.cancel_scope.cancel()
 
 

@@ -31,9 +31,10 @@ from tests.relay_service.relays import (
 )
 
 
-@pytest.fixture
-async def relay(tmp_path: Path) -> AsyncIterator[Relay]:
-    async with open_relay(tmp_path) as relay:
+@pytest.fixture(params=["one node", "two nodes"])
+async def relay(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Relay]:
+    redis = request.getfixturevalue("redis").url if request.param == "two nodes" else None
+    async with open_relay(tmp_path, redis) as relay:
         yield relay
 
 
