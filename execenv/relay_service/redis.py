@@ -90,8 +90,8 @@ def _wires(url: str, timing: Timing) -> Callable[[], Wire]:
         from execenv.relay_service.redis_wire import Wire, parse_url
     except ImportError:
         raise UsageError("Redis needs an extra: pip install 'execenv[redis]'") from None
-    make = parse_url(url)
-    return lambda: Wire(make, timing.reply)
+    dial = parse_url(url)
+    return lambda: Wire(dial, timing.reply)
 
 
 async def _look_at_settings(wire: Wire) -> None:

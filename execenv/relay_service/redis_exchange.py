@@ -50,7 +50,7 @@ MAX_ENTRY = 128 * 1024
 MAX_INBOX = 100_000
 """Entries that Redis keeps for a node; windows are far smaller. What is dropped shows as a gap."""
 
-_READ_AT_ONCE = 16
+_READ_AT_ONCE = 4
 _ANNOUNCE_AT_ONCE = 256
 _LOOKS = 4
 _LOOK_AGAIN = 0.05

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import random
 import ssl
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from logging import getLogger
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import anyio
 import trio
+from anyio.abc import ByteStream
 from attrs import frozen
 from coredis.connection import BaseConnection, TCPConnection, TCPLocation
 from coredis.exceptions import AuthenticationError, RedisError, ResponseError
@@ -30,8 +33,21 @@ FIRST_BACKOFF = 0.05
 LAST_BACKOFF = 2.0
 
 
-def parse_url(url: str) -> Callable[[float], BaseConnection]:
-    """What makes connections to a Redis, each for replies within some seconds.
+Dial = Callable[[float], Awaitable[BaseConnection]]
+"""Makes a connection, which is to be run, within some seconds; so long it waits for a reply later, too."""
+
+
+class _Dialled(TCPConnection):
+    """A connection whose socket is there: without one, in the end, coredis doesn't close what it has made."""
+
+    socket: ByteStream
+
+    async def _connect(self) -> ByteStream:
+        return self.socket
+
+
+def parse_url(url: str) -> Dial:
+    """How to get connections to a Redis.
 
     Args:
         url: `redis://[[user]:password@]host[:port][/database]`, or `rediss://` for TLS, with
@@ -60,19 +76,19 @@ def parse_url(url: str) -> Callable[[float], BaseConnection]:
     username = unquote(parts.username) if parts.username else None
     password = unquote(parts.password) if parts.password else None
 
-    def make(patience: float) -> BaseConnection:
-        return TCPConnection(
-            location,
-            connect_timeout=patience,
-            stream_timeout=patience,
-            username=username,
-            password=password,
-            db=database,
-            ssl_context=context,
-            socket_keepalive=True,
+    async def dial(patience: float) -> BaseConnection:
+        with trio.fail_after(patience):
+            if context is None:
+                socket: ByteStream = await anyio.connect_tcp(location.host, location.port)
+            else:
+                socket = await anyio.connect_tcp(location.host, location.port, ssl_context=context)
+        connection = _Dialled(
+            location, stream_timeout=patience, username=username, password=password, db=database
         )
+        connection.socket = socket
+        return connection
 
-    return make
+    return dial
 
 
 def _bad_url() -> UsageError:
@@ -96,12 +112,12 @@ class Wire:
     """Commands on one connection, which `run` makes and makes again.
 
     Args:
-        make: a new connection.
+        dial: see `parse_url`.
         patience: seconds for a reply, after which the connection is given up.
     """
 
-    def __init__(self, make: Callable[[float], BaseConnection], patience: float) -> None:
-        self._make = make
+    def __init__(self, dial: Dial, patience: float) -> None:
+        self._dial = dial
         self._patience = patience
         self._connection: BaseConnection | None = None
         self._up = trio.Event()
@@ -112,21 +128,16 @@ class Wire:
     async def run(self) -> None:
         backoff = FIRST_BACKOFF
         while True:
-            connection = self._make(self._patience)
-
-            def up(connection: BaseConnection = connection) -> None:
-                self._connection = connection
-                self._down = trio.Event()
-                self._up.set()
-                self._tried.set()
-
             try:
+                connection = await self._dial(self._patience)
                 # coredis asks for a TaskStatus of anyio, and calls nothing but `started`
-                await connection.run(task_status=_Up(up))
+                await connection.run(task_status=_Up(partial(self._begin, connection)))
                 reason = "the connection was lost"
             except AuthenticationError:
                 reason = "the user or the password was refused"
-            except RedisError:
+            except ssl.SSLCertVerificationError as error:
+                reason = f"its certificate is refused: {error.verify_message}"
+            except (RedisError, OSError, trio.TooSlowError):
                 reason = "it cannot be reached"
             finally:
                 was_up = self._connection is not None
@@ -140,6 +151,12 @@ class Wire:
             self._tried.set()
             backoff = FIRST_BACKOFF if was_up else min(backoff * 2, LAST_BACKOFF)
             await trio.sleep(backoff * random.uniform(0.5, 1))  # noqa: S311 - no secret
+
+    def _begin(self, connection: BaseConnection) -> None:
+        self._connection = connection
+        self._down = trio.Event()
+        self._up.set()
+        self._tried.set()
 
     async def wait_up(self) -> None:
         """Wait until there is a connection."""
