@@ -5,8 +5,8 @@
 `ends`: everyday things over a direct websocket, and through a relay of one node in clear text and with Noise;
 also with codex's own exec-server behind the relay, if there is one. They take turns, and the table shows
 medians; the last columns say how many times as good as the direct websocket each is.
-`frames`: frames a second that pass a relay of one node, and one of two nodes and a Redis, if there is one; and
-how many a node takes in a second of processor time, which says more where both have to share a core.
+`frames`: frames a second that pass a relay of one node, and one of two nodes and a Redis, if there is one;
+and how many a node takes in a second of processor time, which says more where the machine is busy.
 `idle`: memory and processor time for executors that are only connected. They are simulated, but for their
 sockets. Without words: all three.
 """
