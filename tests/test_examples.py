@@ -8,7 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,10 @@ def _blocks(language: str) -> list[str]:
 
 
 PROGRAMS = _blocks("python")
-COMMANDS = [line for block in _blocks("sh") for line in block.splitlines() if "venv" not in line]
+LINES = [line for block in _blocks("sh") for line in block.splitlines() if "venv" not in line]
+RELAY = "127.0.0.1:8700"
+OF_THE_RELAY = [line for line in LINES if "relay" in line or RELAY in line or line.endswith(" box")]
+COMMANDS = [line for line in LINES if line not in OF_THE_RELAY]
 
 
 @pytest.fixture(params=["local", "stdio", "websocket"])
@@ -223,3 +226,40 @@ async def test_command_of_the_readme_works(
     elif "readyz" not in command:
         assert done.stdout.strip()
     assert (told, done.returncode) == ("", 0)
+
+
+async def test_commands_of_the_readme_about_a_relay_work_one_after_the_other(
+    at_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(at_home / "state"))
+    words = [command.split()[1] for command in OF_THE_RELAY]
+    assert words == ["relay", "relay", "relay", "serve", "run", "env", "env"]
+    async with AsyncExitStack() as stack:
+        here = RELAY
+        background = []
+        for command in OF_THE_RELAY:
+            if " serve " not in command:
+                with trio.fail_after(TIME_LIMIT):
+                    done = await trio.run_process(
+                        ["sh", "-c", command.replace(RELAY, here)],
+                        stdin=subprocess.DEVNULL,
+                        capture_stdout=True,
+                        capture_stderr=True,
+                        check=False,
+                    )
+                assert (done.stderr.decode(), done.returncode) == ("", 0), command
+                if command.startswith("execenv run"):
+                    assert done.stdout.strip()
+                continue
+            address = here if "--remote" in command else "127.0.0.1:0"
+            program = await stack.enter_async_context(started(shlex.split(command.replace(RELAY, address))))
+            background.append(program)
+            line = (await program.expect(b"\n")).decode()
+            if "--remote" in command:
+                assert line.startswith("registered box at ws://")
+            else:
+                here = line.strip().removeprefix("http://")
+        for program in reversed(background):
+            program.process.send_signal(signal.SIGTERM)
+            stdout, _, status = await program.rest()
+            assert (stdout, status) == (b"", 0)

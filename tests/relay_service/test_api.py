@@ -352,7 +352,7 @@ async def test_harness_and_executor_must_want_the_same_profile(api: Asked) -> No
 
 async def test_environment_without_an_executor_is_offline(api: Asked) -> None:
     token = await new_token(api.store, "harness")
-    assert refused(await api.ask("connect", token, {}), 404, "environment_offline")
+    assert refused(await api.ask("connect", token, {}), 409, "environment_offline")
     await api.ask("register", await new_token(api.store, "executor"))
     assert refused(await api.ask("connect", token, {}), 409, "environment_offline")
     await api.connected(None)
