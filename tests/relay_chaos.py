@@ -528,6 +528,7 @@ async def run(rounds: int, first: int, mib: int, kinds: list[str]) -> list[str]:
                                 print(f"{log.name}: ...{_text(log)}", flush=True)
                         else:
                             reports.append(report)
+                            print(f"{kind}, seed {seed}: {report.seconds:.1f} s", flush=True)
     print(f"{'':26} rounds  faults    MiB  median s  longest silence s")
     for kind in dict.fromkeys(report.kind for report in reports):
         some = [report for report in reports if report.kind == kind]

@@ -381,7 +381,7 @@ async def open_registry(
     import httpcore2
 
     async with httpcore2.AsyncConnectionPool(
-        ssl_context=ssl_context or _default_ssl(),
+        ssl_context=ssl_context or (_default_ssl() if base.scheme == "https" else None),
         max_connections=None,
         max_keepalive_connections=8,
         keepalive_expiry=5.0,
@@ -391,6 +391,7 @@ async def open_registry(
 
 
 def _default_ssl() -> ssl.SSLContext:
+    """Reads all certificates of the system, in 20 ms and more, in which nothing else runs."""
     import ssl
 
     return ssl.create_default_context()
