@@ -551,6 +551,7 @@ def main() -> None:
     options = parser.parse_args()
     seed = secrets.randbelow(10**9) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it leaves nothing behind
     failed = trio.run(run, options.rounds, seed, options.mib, options.kind)
     if failed:
         sys.exit("failed: " + "; ".join(failed))
