@@ -294,9 +294,11 @@ async def _open_state(
 ) -> AsyncIterator[tuple[Store, Exchange]]:
     if redis_url is None:
         from execenv.relay_service.exchange_local import LocalExchange
+        from execenv.relay_service.sqlite import open_sqlite
 
-        async with _open_store(path, None) as store:
-            yield store, LocalExchange()
+        with _store_errors():
+            async with open_sqlite(path or _default_store(), durable=False) as store:
+                yield store, LocalExchange()
         return
     from execenv.relay_service.redis import open_redis
 

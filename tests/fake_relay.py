@@ -43,6 +43,7 @@ class Answer:
         body: bytes as they are, everything else as JSON.
         hangs: nothing follows the body, and the connection stays open: it is shorter than promised.
         delay: seconds before the first byte.
+        announces_end: whether it is said that the connection ends with the answer, as it does.
     """
 
     body: Any = b""
@@ -50,6 +51,7 @@ class Answer:
     headers: tuple[tuple[str, str], ...] = ()
     hangs: bool = False
     delay: float = 0.0
+    announces_end: bool = True
 
     @property
     def data(self) -> bytes:
@@ -120,6 +122,13 @@ class FakeRegistry:
     answers: dict[str, list[Answer]] = Factory(dict)
     asked: list[Asked] = Factory(list)
     url: str = "http://127.0.0.1:1"
+    _open: int = field(default=0, init=False)
+    _closed: trio.Event = field(factory=trio.Event, init=False)
+
+    async def wait_closed(self) -> None:
+        """Return when all connections are closed at this end."""
+        while self._open:
+            await self._closed.wait()
 
     def answer(self, operation: str, *answers: Answer) -> None:
         self.answers[operation] = list(answers)
@@ -151,7 +160,9 @@ class FakeRegistry:
         lines = [f"HTTP/1.1 {answer.status} So"]
         lines += [f"{name}: {value}" for name, value in answer.headers]
         length = len(answer.data) + answer.hangs
-        lines += [f"content-length: {length}", "connection: close", "", ""]
+        if answer.announces_end:
+            lines.append("connection: close")
+        lines += [f"content-length: {length}", "", ""]
         try:
             await stream.send_all("\r\n".join(lines).encode())
             await stream.send_all(answer.data)
@@ -161,8 +172,14 @@ class FakeRegistry:
             await trio.sleep_forever()
 
     async def serve_quietly(self, stream: trio.abc.Stream) -> None:
-        with suppress(trio.BrokenResourceError):
-            await self.serve(stream)
+        self._open += 1
+        try:
+            with suppress(trio.BrokenResourceError):
+                await self.serve(stream)
+        finally:
+            self._open -= 1
+            self._closed.set()
+            self._closed = trio.Event()
 
     @asynccontextmanager
     async def open_client(self, headers: Headers | None = None) -> AsyncIterator[Registry]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -95,13 +96,15 @@ async def test_executor_says_when_it_is_registered_and_a_signal_ends_it_well(
 
 
 async def test_keys_are_made_once_for_each_process(fakes: Fakes, key_file: str) -> None:
-    for _ in range(2):
-        fakes.rendezvous.plan = [403, 101]
+    for plan in ([403, 101], [101]):
+        fakes.rendezvous.plan = plan
         async with started(fakes.serve("--api-key-file", key_file)) as running:
             await running.expect(b"registered")
             await end(running)
-    keys = [PublicKey.from_json(asked.json["executor_public_key"]) for asked in fakes.registry.asked]
-    assert keys[0] == keys[1] != keys[2] == keys[3]
+    first, again, other = [
+        PublicKey.from_json(asked.json["executor_public_key"]) for asked in fakes.registry.asked
+    ]
+    assert first == again != other
 
 
 async def test_clear_text_is_registered_without_a_body_if_it_is_asked_for(
@@ -305,11 +308,29 @@ async def test_environment_id_without_a_registry_just_listens() -> None:
         assert await end(running) == (b"", b"", 0)
 
 
+@pytest.mark.parametrize(
+    ("module", "transport", "words"),
+    [
+        ("google.protobuf.runtime_version", "clear", "protobuf is not installed, or too old: pip install"),
+        ("cryptography.exceptions", "noise", "pip install 'execenv[noise]'"),
+    ],
+)
+async def test_what_is_not_installed_is_named_and_nothing_is_asked(
+    module: str, transport: str, words: str, fakes: Fakes, key_file: str
+) -> None:
+    code = f"import sys; sys.modules[{module!r}] = None; from execenv.cli import main; main(sys.argv[1:])"
+    args = fakes.serve("--api-key-file", key_file, "--remote-transport", transport)[len(EXECENV) :]
+    async with started([sys.executable, "-c", code, *args]) as running:
+        stdout, stderr, status = await running.rest()
+    assert (stdout, status, fakes.registry.asked) == (b"", 1, [])
+    check_one_line(stderr, words)
+
+
 # Logs.
 
 
 async def test_log_at_debug_says_what_happens_and_no_secret(fakes: Fakes, key_file: str) -> None:
-    fakes.rendezvous.plan = [403, 500, 1000, 101]
+    fakes.rendezvous.plan = [403, 1000, 101]
     fakes.registry.answer(
         "register",
         error_answer(503, "registration_conflict", f"with {API_KEY}"),
@@ -382,3 +403,20 @@ async def test_programs_run_through_our_relay_without_our_key_and_end_with_the_e
                     assert (stdout.count(b"\n"), status) == (1, 0)
                     await watched.wait_gone()
     watched.close()
+
+
+@pytest.mark.parametrize("security", ["noise", "clear"])
+async def test_newer_executor_takes_the_place_of_the_older_one_which_ends(
+    security: Security, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with our_relay(tmp_path) as relay:
+        monkeypatch.setenv("EXECENV_API_KEY", relay.executor_token)
+        serve = ["serve", "--remote", relay.url, "--environment-id", ID, "--remote-transport", security]
+        async with started([*EXECENV, *serve]) as older:
+            await older.expect(b"registered")
+            async with started([*EXECENV, *serve]) as newer:
+                await newer.expect(b"registered")
+                _, stderr, status = await older.rest()
+                assert status == 1
+                check_one_line(stderr, f"a newer executor has taken the place of this one for {ID}")
+                assert (await end(newer))[1:] == (b"", 0)

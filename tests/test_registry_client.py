@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import trio
 import trustme
+from attrs import evolve
 from trio.testing import MockClock
 
 from execenv.errors import ConnectFailed, UsageError
@@ -613,6 +614,15 @@ async def test_certificate_is_checked_and_a_wrong_one_is_final() -> None:
                 error = await failure(lambda: registry.register(ID, KEY))
     assert "certificate verify failed" in str(error).lower()
     assert (error.retryable, len(fake.asked)) == (False, 1)
+
+
+async def test_connection_that_the_registry_has_closed_since_is_not_used_again() -> None:
+    async with on_loopback() as (fake, registry):
+        fake.answer("register", evolve(registered(), announces_end=False))
+        for _ in range(3):
+            assert (await registry.register(ID, KEY)).registration_id == REGISTRATION_ID
+            await fake.wait_closed()
+    assert len(fake.asked) == 3
 
 
 async def test_requests_go_side_by_side(client: Client, autojump_clock: MockClock) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from enum import IntEnum
 
 import trio
@@ -23,7 +23,10 @@ WINDOW = 1 << 20
 FRAME_COST = 64
 """Bytes that a frame counts beyond its own: so many small ones are no way around the window."""
 
-_ENTRY = struct.Struct(">QQB")
+VERSION = 1
+"""Of what follows here. Nodes of different versions are nodes that don't answer."""
+
+_ENTRY = struct.Struct(">BQQQB")
 _MESSAGE = struct.Struct(">BQI")
 _COUNT = struct.Struct(">Q")
 
@@ -81,34 +84,45 @@ class Entry:
     Attributes:
         sender: its address.
         session: chosen by the sender when it first sends to that receiver, and anew when it has lost track.
+        answers: the receiver's own session that the sender knew first, or 0 if the sender began.
         number: from 0 within a session. What isn't counted has `UNCOUNTED`.
-        body: messages.
     """
 
     sender: str
     session: int
+    answers: int
     number: int
-    body: bytes
-
-    def pack(self) -> bytes:
-        sender = self.sender.encode()
-        return _ENTRY.pack(self.session, self.number, len(sender)) + sender + self.body
+    messages: list[Message]
 
     @staticmethod
     def unpack(data: bytes) -> Entry:
-        session, number, length = _ENTRY.unpack_from(data)
-        start = _ENTRY.size + length
-        return Entry(data[_ENTRY.size : start].decode(), session, number, data[start:])
+        """
+        Raises:
+            ValueError: if that is no entry, or one of another version.
+        """
+        try:
+            version, session, answers, number, length = _ENTRY.unpack_from(data)
+            if version != VERSION:
+                raise ValueError(f"its format is {version}, ours is {VERSION}")
+            offset = _ENTRY.size + length
+            sender = data[_ENTRY.size : offset].decode()
+            messages: list[Message] = []
+            while offset < len(data):
+                kind, link, length = _MESSAGE.unpack_from(data, offset)
+                offset += _MESSAGE.size + length
+                payload = data[offset - length : offset]
+                if len(payload) != length:
+                    raise ValueError("it is cut short")
+                messages.append(Message(Kind(kind & ~FROM_HARNESS), bool(kind & FROM_HARNESS), link, payload))
+        except struct.error as error:
+            raise ValueError(str(error)) from None
+        return Entry(sender, session, answers, number, messages)
 
-    def messages(self) -> Iterator[Message]:
-        offset, body = 0, self.body
-        while offset < len(body):
-            kind, number, length = _MESSAGE.unpack_from(body, offset)
-            offset += _MESSAGE.size
-            yield Message(
-                Kind(kind & ~FROM_HARNESS), bool(kind & FROM_HARNESS), number, body[offset : offset + length]
-            )
-            offset += length
+
+def pack_entry(sender: str, session: int, answers: int, number: int, body: bytes) -> bytes:
+    """An entry; `body` is messages, packed."""
+    name = sender.encode()
+    return _ENTRY.pack(VERSION, session, answers, number, len(name)) + name + body
 
 
 UNCOUNTED = (1 << 64) - 1

@@ -89,7 +89,7 @@ class Node:
         self._gate = Gate(store, settings, self._metrics, clock)
         self._registry = Registry(store, exchange, self._gate, settings, self._metrics, clock)
         self._rendezvous = Rendezvous(store, self._gate, settings, clock)
-        self._pending = 0
+        self._pending = trio.CapacityLimiter(settings.max_pending)
         self._accepting = trio.CancelScope()
         self._to_look_up: list[Entry] = []
 
@@ -151,14 +151,13 @@ class Node:
                 logger.exception("a connection ended with an error")
 
     async def _serve(self, stream: trio.SocketStream) -> None:
-        if self._pending >= self._settings.max_pending:
-            denied = Denied(503, "too_many_connections", "too many connections say nothing: try again")
-            await self._refuse(stream, "GET", denied, Caller(peer_address(stream)))
+        if self._pending.statistics().tasks_waiting >= self._settings.max_waiting:
+            denied = Denied(503, "too_many_connections", "too many connections wait: try again")
+            await self._refuse(stream, "POST", denied, Caller(peer_address(stream)))
             return
-        deadline = trio.current_time() + self._settings.handshake_deadline
-        with trio.CancelScope(deadline=deadline) as scope:
-            self._pending += 1
-            try:
+        with trio.CancelScope() as scope:
+            async with self._pending:
+                scope.deadline = trio.current_time() + self._settings.handshake_deadline
                 head = await read_head(stream)
                 if head is None:
                     await stream.send_all(Response(400).encoded("GET"))
@@ -170,8 +169,6 @@ class Node:
                     return
                 caller = evolve(caller, environment=found[1])
                 admission, caller = await self._admit(stream, head, caller)
-            finally:
-                self._pending -= 1
             if admission is not None:
                 await self._serve_socket(stream, head, admission, caller, scope)
 
@@ -235,7 +232,7 @@ class Node:
     ) -> None:
         self._note_refusal(caller, denied.answer.status, denied.answer.code)
         await stream.send_all(_denial(denied, rendezvous=rendezvous).encoded(method))
-        if method == "POST":
+        if method == "POST":  # or not known
             await _discard(stream)
 
     def _note_refusal(self, caller: Caller, status: int, code: str) -> None:
@@ -282,7 +279,13 @@ class Node:
         else:
             socket = HarnessSocket(self._settings, self._metrics, admission.principal)
         entry = Entry(
-            admission.role, admission.environment_id, admission.token_id, socket.close, lambda: socket.queued
+            admission.role,
+            admission.environment_id,
+            admission.token_id,
+            socket.close,
+            lambda: socket.queued,
+            admission.principal,
+            socket.probe,
         )
         channel = None
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
@@ -53,13 +53,20 @@ CloseSocket: TypeAlias = Callable[[int, str], None]
 
 @frozen(eq=False)
 class Entry:
-    """An open socket."""
+    """An open socket.
+
+    Attributes:
+        principal: who a harness is.
+        probe: asks it for a sign of life, and ends it if none comes.
+    """
 
     role: Role
     environment_id: str
     token_id: str
     close: CloseSocket
     queued: Callable[[], int]
+    principal: bytes
+    probe: Callable[[], None]
 
 
 class Table:
@@ -70,6 +77,7 @@ class Table:
         self._entries: dict[Entry, None] = {}
         self._by_environment: Counter[str] = Counter()
         self._by_token: Counter[str] = Counter()
+        self._by_principal: defaultdict[tuple[str, bytes], set[Entry]] = defaultdict(set)
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(tuple(self._entries))
@@ -78,7 +86,8 @@ class Table:
         return len(self._entries)
 
     def add(self, entry: Entry) -> None:
-        """Count a socket.
+        """Count a socket. A harness that comes again may have lost the sockets that it has: these are probed,
+        so that its session is not held by one that is gone.
 
         Raises:
             TooMany: if it is one more than there may be.
@@ -93,11 +102,19 @@ class Table:
                 raise TooMany("too_many_harnesses_of_token")
             self._by_environment[entry.environment_id] += 1
             self._by_token[entry.token_id] += 1
+            same = self._by_principal[entry.environment_id, entry.principal]
+            for other in same:
+                other.probe()
+            same.add(entry)
         self._entries[entry] = None
 
     def remove(self, entry: Entry) -> None:
         del self._entries[entry]
         if entry.role == "harness":
+            who = entry.environment_id, entry.principal
+            self._by_principal[who].discard(entry)
+            if not self._by_principal[who]:
+                del self._by_principal[who]
             for counter, key in (
                 (self._by_environment, entry.environment_id),
                 (self._by_token, entry.token_id),

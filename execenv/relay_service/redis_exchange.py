@@ -32,6 +32,7 @@ from execenv.relay_service.crossing import (
     NearExecutor,
     NearHarness,
     pack_count,
+    pack_entry,
     pack_message,
     unpack_count,
 )
@@ -201,6 +202,13 @@ class RedisExchange(Exchange):
             return None
         return ExecutorPresence(found[0], found[1].rpartition(".")[0])
 
+    def _check_hearing(self) -> None:
+        if self._deaf():
+            raise StoreUnavailable("Redis: this node does not hear the others yet")
+
+    def _deaf(self) -> bool:
+        return trio.current_time() - self._read_at > self._timing.outage
+
     async def _look(self, environment_id: str) -> tuple[str, str] | None:
         """The registration of the executor, and its node's address."""
         found = await self._commands.call(
@@ -216,6 +224,7 @@ class RedisExchange(Exchange):
         accept: Accept,
         replaced: Callable[[], None],
     ) -> AsyncIterator[None]:
+        self._check_hearing()
         claim_id = secrets.token_hex(16)
         claiming = _Claiming(environment_id)
         self._claiming.add(claiming)
@@ -287,6 +296,7 @@ class RedisExchange(Exchange):
             crossing.close(HARNESS_GONE)
 
     async def _cross(self, environment_id: str, end: LinkEnd) -> Crossing:
+        self._check_hearing()
         for look in range(_LOOKS):
             if look:
                 # It was refused there, as an executor that comes or goes is not known everywhere at once.
@@ -331,10 +341,10 @@ class RedisExchange(Exchange):
 
     # Other nodes.
 
-    def _peer(self, address: str) -> _Peer:
+    def _peer(self, address: str, answers: int = 0) -> _Peer:
         peer = self._peers.get(address)
         if peer is None:
-            peer = self._peers[address] = _Peer(address, trio.current_time())
+            peer = self._peers[address] = _Peer(address, trio.current_time(), answers)
             self._nursery.start_soon(self._write, peer)
         return peer
 
@@ -356,7 +366,7 @@ class RedisExchange(Exchange):
                 while peer.queue or peer.beat:
                     peer.beat = False
                     body = peer.take(MAX_ENTRY)
-                    data = Entry(self.address, peer.session, peer.next_number, body).pack()
+                    data = pack_entry(self.address, peer.session, peer.answers, peer.next_number, body)
                     there = await self._send(peer, data)
                     peer.next_number += 1
                     if not there:
@@ -383,7 +393,7 @@ class RedisExchange(Exchange):
     async def _add(self, address: str, data: bytes) -> bool:
         inbox = self._inbox_key(address)
         done = await self._commands.call(
-            b"XADD", inbox, b"NOMKSTREAM", b"MAXLEN", b"~", MAX_INBOX, b"*", b"d", data
+            b"XADD", inbox, b"NOMKSTREAM", b"MAXLEN", b"~", MAX_INBOX, b"*", b"d", data, urgent=True
         )
         return done is not None
 
@@ -415,8 +425,13 @@ class RedisExchange(Exchange):
                     if self.address != address:
                         break
                     self._read_until = entry_id.decode()
-                    self._receive(Entry.unpack(fields[1]))
                     self._trimmed.set()
+                    try:
+                        entry = Entry.unpack(fields[1])
+                    except ValueError as error:  # if it was one of ours, it is missed by its number
+                        logger.warning("an entry for node %s cannot be read: %s", address, error)
+                    else:
+                        self._receive(entry)
                     await trio.lowlevel.checkpoint()  # others have their turn between two entries
 
     async def trim(self) -> None:
@@ -426,19 +441,27 @@ class RedisExchange(Exchange):
             inbox = self._inbox_key(self.address)
             milliseconds, _, count = self._read_until.partition("-")
             with suppress(StoreUnavailable):  # the next one does it
-                await self._commands.call(b"XTRIM", inbox, b"MINID", f"{milliseconds}-{int(count) + 1}")
+                await self._commands.call(
+                    b"XTRIM", inbox, b"MINID", f"{milliseconds}-{int(count) + 1}", urgent=True
+                )
 
     def _receive(self, entry: Entry) -> None:
         peer = self._peers.get(entry.sender)
         if entry.number == UNCOUNTED:
-            for message in entry.messages():
+            for message in entry.messages:
                 if peer is not None and message.number == peer.session:
                     self._drop(peer, "something that was sent to the other end is lost")
             return
+        if (
+            peer is not None
+            and entry.session != peer.their_session
+            and entry.answers not in (0, peer.session)
+        ):
+            return  # it answers what we have given up since; what we sent last will tell them
         if entry.number == 0 and (peer is None or peer.their_session not in (None, entry.session)):
             if peer is not None:
                 self._drop(peer, "the node at the other end has lost track of its links")
-            peer = self._peer(entry.sender)
+            peer = self._peer(entry.sender, entry.session)
         if peer is not None and peer.their_session is None and entry.number == 0:
             peer.their_session = entry.session
         if peer is None or entry.session != peer.their_session:
@@ -451,14 +474,14 @@ class RedisExchange(Exchange):
         peer.heard_at = trio.current_time()
         if entry.number == peer.expected:  # less: it was sent twice
             peer.expected += 1
-            for message in entry.messages():
+            for message in entry.messages:
                 self._handle(peer, message)
 
     async def _disown(self, entry: Entry) -> None:
         """Tell a node that what it sends is of no use any more."""
         body = pack_message(Kind.FORGOTTEN, False, entry.session)
         with suppress(StoreUnavailable):  # its next entry brings us here again
-            await self._add(entry.sender, Entry(self.address, 0, UNCOUNTED, body).pack())
+            await self._add(entry.sender, pack_entry(self.address, 0, 0, UNCOUNTED, body))
 
     def _handle(self, peer: _Peer, message: Message) -> None:
         if message.kind is Kind.OPEN:
@@ -515,7 +538,9 @@ class RedisExchange(Exchange):
                 await self._commands.wait_down()
                 await self._commands.wait_up()
             try:
-                remains = await self._commands.call(b"EVAL", _REMAIN, 2, *self._node_keys(), *self._lives())
+                remains = await self._commands.call(
+                    b"EVAL", _REMAIN, 2, *self._node_keys(), *self._lives(), urgent=True
+                )
                 if not remains:
                     self._begin_again()
                     await self.begin()
@@ -562,12 +587,12 @@ class RedisExchange(Exchange):
         while True:
             await trio.sleep(min(timing.alive, timing.outage) / 20)
             now = trio.current_time()
-            unread = now - self._read_at > timing.outage
+            deaf = self._deaf()
             for peer in tuple(self._peers.values()):
                 stuck = peer.stuck_since is not None and now - peer.stuck_since > timing.outage
-                if unread or stuck:
+                if deaf or stuck:
                     self._drop(peer, "what is between the nodes of this relay cannot be reached")
-                elif now - max(peer.heard_at, self._reading_since) > timing.alive:
+                elif self._read_at - max(peer.heard_at, self._reading_since) > timing.alive:
                     for crossing in peer.links():
                         crossing.cut_and_tell("the node at the other end gives no sign of life")
 
@@ -611,7 +636,8 @@ class _Peer:
 
     address: str
     heard_at: float
-    session: int = field(factory=lambda: secrets.randbits(64))
+    answers: int
+    session: int = field(factory=lambda: secrets.randbelow((1 << 64) - 1) + 1)
     next_number: int = 0
     their_session: int | None = None
     expected: int = 0

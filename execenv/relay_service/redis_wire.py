@@ -32,6 +32,10 @@ Argument = bytes | str | int
 FIRST_BACKOFF = 0.05
 LAST_BACKOFF = 2.0
 
+AT_ONCE = 64
+"""Commands that are on the way. More would wait for their replies behind each other, and run out of patience:
+thousands of executors may come at once."""
+
 
 Dial = Callable[[float], Awaitable[BaseConnection]]
 """Makes a connection, which is to be run, within some seconds; so long it waits for a reply later, too."""
@@ -124,6 +128,7 @@ class Wire:
         self._down = trio.Event()
         self._tried = trio.Event()
         self._reason = "it was not asked yet"
+        self._turns = trio.Semaphore(AT_ONCE)
 
     async def run(self) -> None:
         backoff = FIRST_BACKOFF
@@ -176,16 +181,25 @@ class Wire:
         if self._connection is None:
             raise StoreUnavailable(f"Redis: {self._reason}")
 
-    async def call(self, command: bytes, *arguments: Argument, patience: float = 0.0) -> Any:
+    async def call(
+        self, command: bytes, *arguments: Argument, patience: float = 0.0, urgent: bool = False
+    ) -> Any:
         """The reply to a command.
 
         Args:
             patience: seconds that the command itself may wait, beyond those for a reply.
+            urgent: go before those that wait for their turn.
 
         Raises:
             StoreUnavailable: without a connection, without a reply, or if Redis refuses. The command may have
                 been done.
         """
+        if urgent:
+            return await self._call(command, arguments, patience)
+        async with self._turns:
+            return await self._call(command, arguments, patience)
+
+    async def _call(self, command: bytes, arguments: tuple[Argument, ...], patience: float) -> Any:
         connection = self._connection
         if connection is None:
             raise StoreUnavailable(f"Redis: {self._reason}")
@@ -199,5 +213,5 @@ class Wire:
         except ResponseError as error:
             text = str(error).partition(", with args")[0]  # those may be secret
             raise StoreUnavailable(f"Redis refuses {command.decode()}: {text}") from None
-        except RedisError:
-            raise StoreUnavailable("Redis: the connection was lost") from None
+        except Exception as error:  # whatever ended the connection, coredis hands it to all who wait
+            raise StoreUnavailable(f"Redis: the connection was lost ({type(error).__name__})") from None

@@ -19,7 +19,9 @@ class Settings:
         authorization_ttl: seconds until an authorisation has to be validated.
         public_metrics: /metrics is for everybody, and not only for this machine.
         handshake_deadline: seconds for a client to say what it wants, and for the answer to be known.
-        max_pending: connections that have not said yet what they want.
+        max_pending: connections that have not said yet what they want, and are listened to.
+        max_waiting: connections that are not listened to yet. Refused is who comes then: a released executor
+            whose registration is refused ends, so it had better wait.
         max_body: of a request.
         max_sockets: websockets of this node.
         max_environment_harnesses, max_token_harnesses: harness sockets of this node for one environment, and
@@ -47,6 +49,7 @@ class Settings:
     public_metrics: bool = False
     handshake_deadline: float = 10.0
     max_pending: int = 1024
+    max_waiting: int = 8192
     max_body: int = 32 * 1024
     max_sockets: int = 20_000
     max_environment_harnesses: int = 128
@@ -63,7 +66,7 @@ class Settings:
     failure_rate: float = 1.0
     failure_burst: float = 20.0
     max_buckets: int = 20_000
-    sweep_interval: float = 3.0
+    sweep_interval: float = 2.0
     ping_interval: float = 30.0
     pong_timeout: float = 60.0
 

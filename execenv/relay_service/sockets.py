@@ -64,6 +64,11 @@ class RelaySocket(ABC):
             if self._channel is not None:
                 self._channel.close_nowait(code, reason)
 
+    def probe(self) -> None:
+        """End the websocket soon, unless the client gives a sign of life."""
+        if self._channel is not None:
+            self._channel.probe_nowait()
+
     @property
     def close_code(self) -> int:
         """How it has ended: by what we said, or the client; 1006 where nobody has said anything."""
@@ -225,7 +230,9 @@ class ExecutorSocket(RelaySocket):
             return
         harness = self._streams.get(stream_id)
         if harness is None:
-            if not is_reset:  # a reset is never answered, or two ends could go on for ever
+            # A reset is never answered, or two ends could go on for ever. And who asks without reading the
+            # answers gets none: there will be more such frames once it reads.
+            if not is_reset and not self.is_congested:
                 self._reset(stream_id)
             return
         if is_reset:
@@ -239,7 +246,7 @@ class ExecutorSocket(RelaySocket):
             began = trio.current_time()
             with trio.move_on_after(left) as scope:
                 await slow.wait_drained()
-            slow.held += trio.current_time() - began
+            slow.held = slow.held + trio.current_time() - began if slow.waiting else 0.0
             if scope.cancelled_caught:
                 self._metrics.slow_harnesses += 1
                 slow.end(SLOW)
@@ -268,8 +275,7 @@ class ExecutorSocket(RelaySocket):
             if refused:
                 self._metrics.frames_foreign += 1
                 if not is_reset:
-                    self._metrics.resets_to_harness += 1
-                    harness.pass_on(frames.encode(Frame(stream_id, Reset(refused))))
+                    harness.answer(frames.encode(Frame(stream_id, Reset(refused))))
                 return
         if is_reset:
             self._forget(stream_id, harness)
@@ -334,6 +340,9 @@ class ExecutorSocket(RelaySocket):
     def count_waiting(self, size: int) -> None:
         self._metrics.waiting += size
 
+    def count_answer(self) -> None:
+        self._metrics.resets_to_harness += 1
+
     @property
     def most_waiting(self) -> int:
         return self._settings.harness_queue
@@ -390,6 +399,12 @@ class _HarnessLink(LinkEnd):
             return
         self._queue.append(frame)
         self._count(len(frame))
+
+    def answer(self, frame: bytes) -> None:
+        """Send a frame that its harness has caused, unless that takes none."""
+        if not self._queue and not self._link.congested:
+            self._socket.count_answer()
+            self._link.send(frame)
 
     def end(self, reason: str) -> None:
         """End the link; the harness is told the reason."""

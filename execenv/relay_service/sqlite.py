@@ -54,8 +54,13 @@ _SCHEMA = (
 
 
 @asynccontextmanager
-async def open_sqlite(path: str) -> AsyncIterator[Store]:
+async def open_sqlite(path: str, *, durable: bool = True) -> AsyncIterator[Store]:
     """The store in a file, which is made if it is missing, and its folder with it: for this user only.
+
+    Args:
+        durable: whether what was written outlives a loss of power, as a token that was made or revoked should.
+            A relay does without: its registrations and nonces are soon made again or over, and waiting for
+            the disk three times would bound how many harnesses can come in a second.
 
     Raises:
         UsageError: if the file is no such store, is damaged, was written by a newer version, or others may
@@ -63,7 +68,7 @@ async def open_sqlite(path: str) -> AsyncIterator[Store]:
         StoreUnavailable: if it cannot be opened now.
     """
     limiter = trio.CapacityLimiter(1)  # one connection: one call at a time
-    database = await trio.to_thread.run_sync(_open, path, limiter=limiter)
+    database = await trio.to_thread.run_sync(_open, path, durable, limiter=limiter)
     try:
         yield _SqliteStore(path, database, limiter)
     finally:
@@ -222,7 +227,7 @@ def _transaction(database: sqlite3.Connection) -> Iterator[None]:
         raise
 
 
-def _open(path: str) -> sqlite3.Connection:
+def _open(path: str, durable: bool) -> sqlite3.Connection:
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o700, exist_ok=True)
         with _closed_fd(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as fd:
@@ -236,7 +241,7 @@ def _open(path: str) -> sqlite3.Connection:
     with _errors(path):
         database = sqlite3.connect(path, timeout=BUSY, isolation_level=None, check_same_thread=False)
         try:
-            _prepare(path, database)
+            _prepare(path, database, durable)
         except BaseException:
             database.close()
             raise
@@ -251,21 +256,17 @@ def _closed_fd(fd: int) -> Iterator[int]:
         os.close(fd)
 
 
-def _prepare(path: str, database: sqlite3.Connection) -> None:
+def _prepare(path: str, database: sqlite3.Connection, durable: bool) -> None:
+    _version(path, database)  # before anything is written: it may be somebody else's
     database.execute("PRAGMA journal_mode = WAL")
-    database.execute("PRAGMA synchronous = FULL")  # a token that was revoked stays so after a power cut
+    database.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
     with _transaction(database):
-        (application,) = database.execute("PRAGMA application_id").fetchone()
-        (version,) = database.execute("PRAGMA user_version").fetchone()
-        (objects,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if not objects and (application, version) == (0, 0):
+        version = _version(path, database)
+        if version == 0:
             for statement in _SCHEMA:
                 database.execute(statement)
             database.execute(f"PRAGMA application_id = {_APPLICATION}")
             database.execute(f"PRAGMA user_version = {_VERSION}")
-            return
-    if application != _APPLICATION:
-        raise _not_a_store(path)
     if version > _VERSION:
         raise UsageError(
             f"{path} was written by a newer version of execenv (format {version}, "
@@ -275,3 +276,13 @@ def _prepare(path: str, database: sqlite3.Connection) -> None:
         (result,) = check.fetchone()
     if result != "ok":
         raise UsageError(f"{path} is damaged ({result}): put back a copy, or move it away")
+
+
+def _version(path: str, database: sqlite3.Connection) -> int:
+    """The version of the file; 0 if it is empty."""
+    (application,) = database.execute("PRAGMA application_id").fetchone()
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    (objects,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if application != _APPLICATION and (application, version, objects) != (0, 0, 0):
+        raise _not_a_store(path)
+    return int(version)

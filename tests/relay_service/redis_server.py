@@ -66,9 +66,10 @@ class RedisServer:
             self.end()  # somebody else has taken the port
         raise AssertionError("Redis does not start")
 
-    def ask(self, *words: str) -> bytes:
+    def ask(self, *words: str | bytes) -> bytes:
         """A command, by a connection of its own; its reply as Redis writes it."""
-        command = b"".join(b"$%d\r\n%s\r\n" % (len(word.encode()), word.encode()) for word in words)
+        encoded = [word.encode() if isinstance(word, str) else word for word in words]
+        command = b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in encoded)
         with socket.create_connection(("127.0.0.1", self.port), 10) as connection:
             connection.sendall(b"*%d\r\n%s" % (len(words), command))
             return connection.recv(65536)

@@ -219,7 +219,7 @@ class Relay:
 async def open_relay(folder: Path, redis_url: str | None = None, **limits: Any) -> AsyncIterator[Relay]:
     """A relay on loopback with a store of its own; two nodes of one, if there is a Redis for them."""
     clock, stop = Clock(), trio.CancelScope()
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         async with AsyncExitStack() as stack:
             nodes: list[tuple[Store, Exchange]] = []
             if redis_url is None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
+import pytest
 import trio
 import trio.testing
 from attrs import define, field
@@ -19,6 +21,7 @@ from execenv.relay_service.crossing import (
     Message,
     NearHarness,
     pack_count,
+    pack_entry,
     pack_message,
     unpack_count,
 )
@@ -30,14 +33,29 @@ MESSAGES = st.lists(
 )
 
 
-@given(MESSAGES, st.text(max_size=40), COUNTS, COUNTS)
+@given(MESSAGES, st.text(max_size=40), COUNTS, COUNTS, COUNTS)
 def test_entry_comes_back_as_it_was_packed(
-    messages: list[Message], sender: str, session: int, number: int
+    messages: list[Message], sender: str, session: int, answers: int, number: int
 ) -> None:
     body = b"".join(pack_message(one.kind, one.from_harness, one.number, one.payload) for one in messages)
-    entry = Entry(sender, session, number, body)
-    assert Entry.unpack(entry.pack()) == entry
-    assert list(entry.messages()) == messages
+    packed = pack_entry(sender, session, answers, number, body)
+    assert Entry.unpack(packed) == Entry(sender, session, answers, number, messages)
+
+
+@given(st.binary(max_size=60))
+def test_what_is_no_entry_is_a_value_error(data: bytes) -> None:
+    for garbage in (data, pack_entry("a", 1, 2, 3, data)):
+        with suppress(ValueError):
+            assert Entry.unpack(garbage)
+
+
+def test_entry_that_was_cut_or_is_of_another_version_is_a_value_error() -> None:
+    whole = pack_entry("a", 1, 2, 3, pack_message(Kind.FRAME, True, 3, b"frame"))
+    for cut in (0, 5, 25, len(whole) - 6, len(whole) - 1):
+        with pytest.raises(ValueError):
+            Entry.unpack(whole[:cut])
+    with pytest.raises(ValueError, match="its format is 2, ours is 1"):
+        Entry.unpack(b"\x02" + whole[1:])
 
 
 @define(eq=False)
@@ -55,7 +73,7 @@ class Side:
         self.crossing.accept()
 
     def _put(self, data: bytes) -> None:
-        self.put.extend(Entry("", 0, 0, data).messages())
+        self.put.extend(Entry.unpack(pack_entry("", 0, 0, 0, data)).messages)
 
     def _forget(self, crossing: Crossing) -> None:
         assert crossing is self.crossing

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from execenv.relay import frames
 from execenv.relay.frames import Data, Frame, Resume
@@ -226,7 +227,7 @@ async def test_head_that_is_none_or_too_long_is_refused(relay: Relay, data: byte
 
 @pytest.mark.parametrize("kind", ["nothing", "head", "body"])
 async def test_client_that_takes_its_time_is_cut(tmp_path: Path, kind: str) -> None:
-    async with open_relay(tmp_path, handshake_deadline=0.3) as relay:
+    async with open_relay(tmp_path, handshake_deadline=1) as relay:
         data = {
             "nothing": b"",
             "head": b"GET /readyz HTTP/1.1\r\nx-slow: ",
@@ -235,8 +236,8 @@ async def test_client_that_takes_its_time_is_cut(tmp_path: Path, kind: str) -> N
         began = trio.current_time()
         async with await trio.open_tcp_stream("127.0.0.1", relay.port) as stream:
             await stream.send_all(data)
-            with trio.fail_after(5):
-                while trio.current_time() < began + 5:
+            with trio.fail_after(20):
+                while True:
                     try:
                         await stream.send_all(b"x" if kind != "nothing" else b"")
                         with trio.move_on_after(0.02):
@@ -244,30 +245,36 @@ async def test_client_that_takes_its_time_is_cut(tmp_path: Path, kind: str) -> N
                                 break
                     except trio.BrokenResourceError:
                         break
-        assert 0.29 < trio.current_time() - began < 4
+        assert trio.current_time() - began > 0.9
         assert (await relay.get("/readyz")).status == 200
 
 
 async def test_socket_has_no_deadline_once_it_is_open(tmp_path: Path) -> None:
-    async with open_relay(tmp_path, handshake_deadline=0.3) as relay:
+    async with open_relay(tmp_path, handshake_deadline=2) as relay:
         executor, harness = await relay.executor(), await relay.harness()
-        await trio.sleep(0.5)
+        await trio.sleep(2.2)  # nothing is to happen
         harness.send("s", Resume())
         assert await executor.receive() == Frame("s", Resume())
 
 
 async def test_connections_that_say_nothing_are_as_many_as_they_may_be(tmp_path: Path) -> None:
-    async with open_relay(tmp_path, max_pending=3) as relay:
+    async with open_relay(tmp_path, max_pending=3, max_waiting=1, handshake_deadline=3) as relay:
         executor, harness = await relay.executor(), await relay.harness()  # these have said it
+        answers: list[int] = []
+
+        async def look() -> None:
+            answers.append((await relay.get("/readyz")).status)
+
         async with AsyncExitStack() as stack:
             for _ in range(3):
                 await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", relay.port))
-            reply = await ask(relay.port, b"")
-            assert (reply.status, reply.code) == (503, "too_many_connections")
-            harness.send("s", Resume())
-            assert await executor.receive() == Frame("s", Resume())
-        while (await relay.get("/readyz")).status != 200:  # noqa: ASYNC110 - until their ends are seen
-            await trio.sleep(0.01)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            async with trio.open_nursery() as nursery:
+                for _ in range(2):
+                    nursery.start_soon(look)
+                harness.send("s", Resume())
+                assert await executor.receive() == Frame("s", Resume())
+        assert answers == [503, 200]  # the second one when the three were cut
 
 
 async def test_garbage_at_speed_costs_no_memory_and_no_socket(relay: Relay) -> None:

@@ -21,6 +21,7 @@ from attrs import define
 from execenv.relay import frames
 from execenv.relay.frames import Frame, Resume
 from execenv.transports import websocket
+from tests.relay_service.redis_server import RedisServer
 from tests.relay_service.relays import ask, head
 
 COMMAND = (sys.executable, "-m", "execenv", "relay")
@@ -32,7 +33,7 @@ def run(*words: str, env: dict[str, str] | None = None) -> subprocess.CompletedP
         [*COMMAND, *words],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=False,
         env=None if env is None else {**os.environ, **env},
     )
@@ -98,7 +99,7 @@ async def test_relay_serves_executors_and_harnesses_until_sigterm(tmp_path: Path
         codes.append(channel.close_code)
 
     words = ("--store", str(store), "--audit-log", str(audit), "--debug")
-    with trio.fail_after(30), serving(*words) as server:
+    with trio.fail_after(60), serving(*words) as server:
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", server.url)
         executor_url = (await server.ask("register", executor_token))["url"]
         assert executor_url.startswith(f"ws://127.0.0.1:{server.port}/rendezvous/box?")
@@ -137,7 +138,7 @@ async def test_relay_serves_executors_and_harnesses_until_sigterm(tmp_path: Path
 
 
 async def test_audit_log_is_on_stderr_without_a_file(tmp_path: Path) -> None:
-    with trio.fail_after(30), serving("--store", str(tmp_path / "relay.sqlite3")) as server:
+    with trio.fail_after(60), serving("--store", str(tmp_path / "relay.sqlite3")) as server:
         await ask(server.port, head("POST", "/cloud/environment/box/register", {"content-length": "0"}))
         status, errors = server.end()
     assert status == 0
@@ -152,7 +153,7 @@ async def test_token_that_is_revoked_by_another_program_ends_its_socket_within_5
 ) -> None:
     store = tmp_path / "relay.sqlite3"
     token = new_token(store, "executor")
-    with trio.fail_after(30), serving("--store", str(store)) as server:
+    with trio.fail_after(60), serving("--store", str(store)) as server:
         channel = await websocket.connect((await server.ask("register", token))["url"], binary=True)
         done = await trio.to_thread.run_sync(
             run, "token", "revoke", token.split("_")[1], "--store", str(store)
@@ -175,12 +176,40 @@ async def test_options_of_serve_are_obeyed(tmp_path: Path) -> None:
         "https://relay.example.com",
         "--public-metrics",
     )
-    with trio.fail_after(30), serving("--listen", "http://[::1]:0", *words) as server:
+    with trio.fail_after(60), serving("--listen", "http://[::1]:0", *words) as server:
         assert server.url.startswith("http://[::1]:")
         async with await trio.open_tcp_stream("::1", server.port) as stream:
             headers = {"authorization": f"Bearer {token}", "content-length": "0"}
             await stream.send_all(head("POST", "/cloud/environment/box/register", headers))
             assert b"clear_text_refused" in await stream.receive_some()
+
+
+async def test_two_nodes_share_a_redis_whose_url_is_in_no_argument(
+    redis: RedisServer, tmp_path: Path
+) -> None:
+    env = {"EXECENV_REDIS_URL": redis.url}
+    file = tmp_path / "url"
+    file.write_text(f"{redis.url}\n")
+    tokens = [
+        run("token", "create", "--environment", "box", "--role", role, env=env).stdout.strip()
+        for role in ("executor", "harness")
+    ]
+    listed = json.loads(run("token", "list", "--json", "--redis-url-file", str(file)).stdout)
+    assert [row["id"] for row in listed] == [token.split("_")[1] for token in tokens]
+    with trio.fail_after(60), serving(env=env) as one, serving("--redis-url-file", str(file)) as other:
+        async with trio.open_nursery() as nursery:
+            send, arrived = trio.open_memory_channel[bytes](10)
+            executor = await websocket.connect((await one.ask("register", tokens[0]))["url"], binary=True)
+            nursery.start_soon(executor.run, send.send_nowait)
+            url = (await other.ask("connect", tokens[1], {}))["url"]
+            assert f":{other.port}/" in url
+            harness = await websocket.connect(url, binary=True)
+            nursery.start_soon(harness.run, send.send_nowait)
+            frame = frames.encode(Frame("s", Resume()))
+            harness.send_nowait(frame)
+            assert await arrived.receive() == frame
+            ends = [await trio.to_thread.run_sync(server.end) for server in (other, one)]
+    assert [status for status, _ in ends] == [0, 0]
 
 
 def test_tokens_are_listed_without_secrets_and_revoked(tmp_path: Path) -> None:

@@ -602,6 +602,26 @@ async def test_executor_that_does_not_read_holds_its_harnesses_and_memory_stays_
     assert harness.channel.queued > 10 * 1024 * 1024
 
 
+async def test_who_causes_answers_and_reads_none_costs_no_memory(relay: Relay) -> None:
+    executor, owner = await relay.executor(), await relay.harness()
+    owner.send("s", Resume())
+    await executor.receive()
+    url = (await relay.bundle(await new_token(relay.store, "harness")))["url"]
+    foreign = frames.encode(Frame("s", Data(0, b"x")))
+    async with await open_mute(relay, url, "mute") as stream:
+        assert await executor.receive() == Frame("mute", Resume())
+        message = bytes([0x82, 0x80 | len(foreign), 0, 0, 0, 0]) + foreign
+        for _ in range(100):
+            await stream.send_all(message * 1000)
+        await relay.wait_metric('frames_dropped_total{reason="foreign"}', 100_000)
+    executor.channel.hold_reading = trio.sleep_forever
+    unknown = frames.encode(Frame("u" * 128, Data(0, b"x")))
+    for _ in range(50_000):
+        executor.channel.send_nowait(unknown)
+    await executor.channel.wait_room()
+    assert (await relay.metrics())["queue_bytes"] < 2 * 1024 * 1024
+
+
 # What is told.
 
 

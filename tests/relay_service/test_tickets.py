@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
 from attrs import evolve
@@ -148,8 +149,14 @@ def test_buckets_are_as_many_as_they_may_be_and_the_oldest_goes() -> None:
     assert buckets.take("b", 0) == 0
 
 
-def entry(role: Role, environment_id: str = "box", token_id: str = "t") -> Entry:
-    return Entry(role, environment_id, token_id, lambda code, reason: None, lambda: 0)
+def entry(
+    role: Role,
+    environment_id: str = "box",
+    token_id: str = "t",
+    principal: bytes = b"",
+    probe: Callable[[], None] = lambda: None,
+) -> Entry:
+    return Entry(role, environment_id, token_id, lambda code, reason: None, lambda: 0, principal, probe)
 
 
 def test_table_takes_as_many_as_it_may_and_one_more_when_one_has_left() -> None:
@@ -185,3 +192,22 @@ def test_table_counts_tokens_over_all_environments() -> None:
 )
 def test_websocket_urls_are_made_of_the_public_one(public: str, url: str) -> None:
     assert Settings(public).rendezvous_url("box", "q") == url
+
+
+def test_harness_that_comes_again_has_its_other_sockets_probed_and_nobody_elses() -> None:
+    """A harness whose socket died without a word cannot resume its session while that seems to be there."""
+    table = Table(Settings("http://x"))
+    probed: list[str] = []
+
+    def harness(name: str, environment_id: str, principal: bytes) -> Entry:
+        return entry("harness", environment_id, principal=principal, probe=lambda: probed.append(name))
+
+    lost, kept = harness("lost", "box", b"me"), harness("kept", "box", b"me")
+    for one in (lost, harness("another", "box", b"you"), harness("elsewhere", "other", b"me")):
+        table.add(one)
+    assert probed == []
+    table.add(kept)
+    assert probed == ["lost"]
+    table.remove(lost)
+    table.add(harness("newest", "box", b"me"))
+    assert probed == ["lost", "kept"]
