@@ -227,12 +227,14 @@ async def measure_ends(rounds: int) -> None:
         folder = Path(name)
         async with open_relay(folder, nodes=1) as relay:
             url = relay.urls[0]
-            _, direct = stack.enter_context(program(execenv("serve"), {}, folder))
+            pid, direct = stack.enter_context(program(execenv("serve"), {}, folder))
             targets: dict[str, Target] = {DIRECT: WebsocketTarget(direct)}
+            servers = {DIRECT: [pid]}
             for security in ("clear", "noise"):
                 words = ["serve", "--remote", url, "--environment-id", security]
                 words += ["--remote-transport", security, "--api-key-file", str(folder / "token")]
-                stack.enter_context(program(execenv(*words), {}, folder))
+                pid, _ = stack.enter_context(program(execenv(*words), {}, folder))
+                servers[f"relay {security}"] = [pid, *relay.pids]
                 targets[f"relay {security}"] = RelayTarget(
                     url,
                     security,
@@ -241,7 +243,7 @@ async def measure_ends(rounds: int) -> None:
                 )
             codex = find_codex()
             if codex is not None:
-                await _start_codex(stack, codex, relay)
+                servers["relay codex"] = [await _start_codex(stack, codex, relay), *relay.pids]
                 targets["relay codex"] = RelayTarget(url, "codex", relay.harness_token)
             samples: dict[tuple[str, str], list[float]] = {}
             for _ in range(rounds):
@@ -249,10 +251,23 @@ async def measure_ends(rounds: int) -> None:
                     for target_name, target in targets.items():
                         for (title, _), value in zip(titles, await measure(target), strict=True):
                             samples.setdefault((title, target_name), []).append(value)
+            rows = [["seconds of processor time for 100 MiB of output", "server", "relay", "client"]]
+            rows += [[name, *await _processor_time(targets[name], pids)] for name, pids in servers.items()]
     _print_ends(list(targets), {key: statistics.median(values) for key, values in samples.items()})
+    print_rows(rows)
 
 
-async def _start_codex(stack: ExitStack, codex: str, relay: Relay) -> None:
+async def _processor_time(target: Target, pids: list[int]) -> list[str]:
+    """Of a server, of a relay, and of this process."""
+    before, own = [cpu_seconds(pid) for pid in pids], time.process_time()
+    await output(target)
+    own = time.process_time() - own
+    spent = [cpu_seconds(pid) - began for pid, began in zip(pids, before, strict=True)]
+    return [*(f"{seconds:.2f}" for seconds in spent), *[""] * (2 - len(pids)), f"{own:.2f}"]
+
+
+async def _start_codex(stack: ExitStack, codex: str, relay: Relay) -> int:
+    """Its process id, when it has registered."""
     home = relay.folder / "codex"
     home.mkdir()
     argv = [codex, "exec-server", "--remote", relay.urls[0], "--environment-id", "codex"]
@@ -266,6 +281,7 @@ async def _start_codex(stack: ExitStack, codex: str, relay: Relay) -> None:
     with trio.fail_after(30):
         async with open_environment(target):
             pass
+    return process.pid
 
 
 def _print_ends(names: list[str], medians: Mapping[tuple[str, str], float]) -> None:

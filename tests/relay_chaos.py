@@ -516,7 +516,7 @@ async def run(rounds: int, first: int, mib: int, kinds: list[str]) -> list[str]:
                 for number in range(rounds):
                     for kind in wanted:
                         seed = first + number
-                        count = random.choice((1, 1, 2)) if "cut" in kind else 1
+                        count = random.choice((1, 1, 2))
                         try:
                             report = await run_round(
                                 world, kind, faults[kind], seed=seed, mib=mib, faults=count
