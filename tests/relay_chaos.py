@@ -190,14 +190,16 @@ class Balancer:
         task_status.started()
         await trio.serve_listeners(self._serve_one, listeners)
 
-    def of(self, role: str) -> Connection:
-        """The websocket of a role."""
-        return next(connection for connection in self.connections if connection.role == role)
+    async def wait_for(self, role: str) -> Connection:
+        """The websocket of a role, as soon as there is one: it may be away for an earlier fault."""
+        while True:
+            for connection in self.connections:
+                if connection.role == role and not connection.scope.cancel_called:
+                    return connection
+            await trio.sleep(0.01)
 
-    def cut(self, role: str) -> None:
-        for connection in tuple(self.connections):
-            if connection.role == role:
-                connection.scope.cancel()
+    async def cut(self, role: str) -> None:
+        (await self.wait_for(role)).scope.cancel()
 
     async def _serve_one(self, client: trio.SocketStream) -> None:
         with suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError):
@@ -320,6 +322,7 @@ class World:
     balancer: Balancer
     harness_token: str
     redis: Redis | None = None
+    _one_at_a_time: trio.Lock = Factory(trio.Lock)
 
     @property
     def url(self) -> str:
@@ -328,6 +331,10 @@ class World:
     @property
     def log(self) -> Path:
         return self.folder / "log"
+
+    async def suffer(self, fault: Fault) -> None:
+        async with self._one_at_a_time:
+            await fault(self)
 
     async def restart_node(self, node: Node) -> None:
         node.kill()
@@ -338,10 +345,10 @@ class World:
         await self.restart_node(self.balancer.nodes[0])
 
     async def restart_executors_node(self) -> None:
-        await self.restart_node(self.balancer.of("executor").node)
+        await self.restart_node((await self.balancer.wait_for("executor")).node)
 
     async def restart_harness_node(self) -> None:
-        await self.restart_node(self.balancer.of("harness").node)
+        await self.restart_node((await self.balancer.wait_for("harness")).node)
 
     async def restart_redis(self) -> None:
         assert self.redis is not None
@@ -367,12 +374,10 @@ class World:
             self.redis.process.send_signal(signal.SIGCONT)
 
     async def cut_executor(self) -> None:
-        await trio.lowlevel.checkpoint()
-        self.balancer.cut("executor")
+        await self.balancer.cut("executor")
 
     async def cut_harness(self) -> None:
-        await trio.lowlevel.checkpoint()
-        self.balancer.cut("harness")
+        await self.balancer.cut("harness")
 
 
 Fault = Callable[[World], Awaitable[None]]
@@ -482,7 +487,7 @@ async def run_round(world: World, kind: str, fault: Fault, *, seed: int, mib: in
                         pattern.check(piece)
                         while places and pattern.position >= places[0]:
                             del places[0]
-                            nursery.start_soon(fault, world)
+                            nursery.start_soon(world.suffer, fault)
                     code = await process.wait()
                 if (pattern.position, code) != (size, status):
                     raise Wrong(f"{pattern.position} of {size} bytes came, status {code} and not {status}")
