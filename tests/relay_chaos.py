@@ -556,7 +556,8 @@ def main() -> None:
     options = parser.parse_args()
     seed = secrets.randbelow(10**9) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it leaves nothing behind
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Trio's way to end, also in the background
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     failed = trio.run(run, options.rounds, seed, options.mib, options.kind)
     if failed:
         sys.exit("failed: " + "; ".join(failed))
