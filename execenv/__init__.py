@@ -15,7 +15,8 @@ The map of the package: `open.py` opens a target, `environment.py` and `process.
 `abc.py` is what every kind of environment implements, in `local/` and `remote/`; `server/` offers one to
 others. `environments.py` has environments by name, which `config.py` and `providers.py` find in files and
 variables. `sandbox/` decides what a request may touch, and `local/` enforces it. `rpc.py`, `codec.py` and
-`protocol.py` are the wire, `transports/` carries it. `errors.py` has every exception.
+`protocol.py` are the wire, which `transports/` carries, and `relay/` to where nothing can be dialled, through
+what `relay_service/` hosts. `errors.py` has every exception.
 
 Names are imported when they are first used, so that `import execenv` is cheap.
 """

@@ -114,7 +114,7 @@ def serve(
     host, port = _listen_address(listen)
     _check_public_url(public_url, loopback=_is_loopback(host))
     redis_url = _redis_url(store, redis_url_file)
-    _need_protobuf()
+    _require_protobuf()
     sock = _bound_socket(host, port, "http")
     bound = sock.getsockname()
     url = f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}"
@@ -185,6 +185,7 @@ def create_token(
     debug: bool,
 ) -> None:
     """Make a token and print it. It cannot be shown again."""
+    _require_protobuf()
     from execenv.relay_service import tokens as machine
     from execenv.relay_service.store import ANY_ENVIRONMENT
 
@@ -265,6 +266,7 @@ def revoke_token(token_id: str, store: str | None, redis_url_file: str | None, d
 
 
 def _run(debug: bool, work: Any) -> None:
+    _require_protobuf()
     import trio
 
     from execenv.cli import _log_to_stderr
@@ -339,13 +341,13 @@ def _redis_url(store: str | None, file: str | None) -> str | None:
     return url
 
 
-def _need_protobuf() -> None:
+def _require_protobuf() -> None:
     from execenv.errors import UsageError
+    from execenv.relay.extras import INSTALL, relay_problem
 
-    try:
-        import google.protobuf  # noqa: F401
-    except ImportError:
-        raise UsageError("a relay needs protobuf: pip install 'execenv[relay]'") from None
+    problem = relay_problem()
+    if problem:
+        raise UsageError(f"a relay cannot be served here: {problem}: {INSTALL['clear']}")
 
 
 def _listen_address(listen: str) -> tuple[str, int]:

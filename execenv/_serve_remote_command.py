@@ -12,7 +12,7 @@ import click
 from attrs import frozen
 
 from execenv.errors import UsageError
-from execenv.relay.credentials import api_key_headers, find_api_key
+from execenv.relay.credentials import VARIABLES, api_key_headers, find_api_key
 from execenv.relay.registry import check_environment_id
 from execenv.targets import Security
 
@@ -32,7 +32,7 @@ class RemoteOptions:
 
 def arguments(options: RemoteOptions) -> dict[str, Any]:
     """The arguments of `execenv.server.serve_remote` that they stand for. Reads the API key, and takes the
-    variable that it was in out of our own environment, which all programs that we start inherit.
+    variables that hold one out of our own environment, which all programs that we start inherit.
 
     Raises:
         click.ClickException: if they don't fit together, or if there is no key that the registry may see.
@@ -51,8 +51,10 @@ def arguments(options: RemoteOptions) -> dict[str, Any]:
         headers = api_key_headers(key, options.registry, options.allow)
     except UsageError as error:
         raise click.ClickException(str(error)) from error
-    if key.variable is not None:
-        del os.environ[key.variable]
+    shown = None if key.variable is None else os.environ[key.variable].strip()
+    for name in VARIABLES:  # the first is ours and nobody else's; another one may be for a program
+        if name == VARIABLES[0] or os.environ.get(name, "").strip() == shown:
+            _take_out(name)
     return {
         "registry_url": options.registry,
         "environment_id": options.environment_id,
@@ -61,6 +63,21 @@ def arguments(options: RemoteOptions) -> dict[str, Any]:
         "name": socket.gethostname() if options.name is None else options.name,
         "connected": _told_once(options.environment_id),
     }
+
+
+def _take_out(name: str) -> None:
+    """Remove a variable; also from what Linux shows of this process to all others of this user, which is the
+    memory that it was started with."""
+    if name not in os.environ:
+        return
+    if sys.platform == "linux":
+        import ctypes
+
+        getenv = ctypes.CDLL(None).getenv
+        getenv.argtypes, getenv.restype = [ctypes.c_char_p], ctypes.c_void_p
+        if value := getenv(name.encode()):
+            ctypes.memset(value, 0, len(ctypes.string_at(value)))
+    del os.environ[name]
 
 
 def _told_once(environment_id: str) -> Callable[[str], None]:

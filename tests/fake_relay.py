@@ -7,13 +7,15 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import httpcore2
 import trio
 import trio.testing
 from attrs import Factory, define, field, frozen
 
+from execenv._service import open_nursery
+from execenv.relay.frames import Frame, InvalidFrame, decode, encode
 from execenv.relay.keys import PublicKey
 from execenv.relay.registry import NOISE_PROFILE, Headers, Registration, Registry, open_registry
 from execenv.transports import websocket
@@ -62,6 +64,9 @@ GARBAGE = Answer(status=0)
 """No HTTP at all."""
 NOTHING = Answer(status=-1)
 """The connection is closed."""
+NO_SUCH_OPERATION = Answer(status=404)
+TEXT_FRAME = b"\x81\x02{}"
+"""What a text message of a websocket server looks like."""
 
 
 def error_answer(status: int, code: str | None = None, message: str | None = None) -> Answer:
@@ -107,6 +112,11 @@ class Asked:
         return self.head.raw.decode().partition("\r\n")[0]
 
     @property
+    def operation(self) -> str:
+        """What follows the environment id: `register`, `connect`, `validate`."""
+        return self.head.path.rpartition("/")[2]
+
+    @property
     def json(self) -> Any:
         return json.loads(self.body)
 
@@ -115,13 +125,20 @@ class Asked:
         return None if value is None else value.decode()
 
 
+Respond: TypeAlias = Callable[[Asked], Answer]
+"""What makes an answer when it is asked for."""
+
+
 @define(eq=False)
 class FakeRegistry:
-    """Records what it is asked, and answers from a table: by operation, the last answer again and again."""
+    """Records what it is asked, and answers from a table: by operation, the last answer again and again. An
+    operation without any gets 404."""
 
-    answers: dict[str, list[Answer]] = Factory(dict)
+    answers: dict[str, list[Answer | Respond]] = Factory(dict)
     asked: list[Asked] = Factory(list)
     url: str = "http://127.0.0.1:1"
+    _given: int = field(default=0, init=False)
+    _changed: trio.Event = field(factory=trio.Event, init=False)
     _open: int = field(default=0, init=False)
     _closed: trio.Event = field(factory=trio.Event, init=False)
 
@@ -130,11 +147,20 @@ class FakeRegistry:
         while self._open:
             await self._closed.wait()
 
-    def answer(self, operation: str, *answers: Answer) -> None:
+    def answer(self, operation: str, *answers: Answer | Respond) -> None:
         self.answers[operation] = list(answers)
 
+    async def request(self, operation: str) -> Asked:
+        """The next request that this has not given yet, which is to be one of `operation`."""
+        self._given += 1
+        while len(self.asked) < self._given:
+            await self._changed.wait()
+        asked = self.asked[self._given - 1]
+        assert asked.operation == operation, asked
+        return asked
+
     def count(self, operation: str) -> int:
-        return sum(asked.head.path.endswith(f"/{operation}") for asked in self.asked)
+        return sum(asked.operation == operation for asked in self.asked)
 
     async def serve(self, stream: trio.abc.Stream) -> None:
         """One request, and its answer."""
@@ -144,10 +170,18 @@ class FakeRegistry:
                 return
             body = head.leftover
             while len(body) < int(head.headers.get("content-length", b"0")):
-                body += await stream.receive_some()
-            self.asked.append(Asked(head, body))
-            answers = self.answers[head.path.rpartition("/")[2]]
+                more = await stream.receive_some()
+                if not more:
+                    return
+                body += more
+            asked = Asked(head, bytes(body))
+            self.asked.append(asked)
+            self._changed.set()
+            self._changed = trio.Event()
+            answers = self.answers.get(asked.operation, [NO_SUCH_OPERATION])
             answer = answers.pop(0) if len(answers) > 1 else answers[0]
+            if not isinstance(answer, Answer):
+                answer = answer(asked)
             await trio.sleep(answer.delay)
             await self._send(stream, answer)
 
@@ -230,7 +264,7 @@ class _Stream(httpcore2.AsyncNetworkStream):
 async def _listening(
     serve: Callable[[trio.SocketStream], Awaitable[None]],
 ) -> AsyncIterator[int]:
-    async with trio.open_nursery() as nursery:
+    async with open_nursery() as nursery:
         (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
         nursery.start_soon(partial(trio.serve_listeners, serve, [listener]))
         yield listener.socket.getsockname()[1]
@@ -253,6 +287,63 @@ async def open_fake_registry(tls: ssl.SSLContext | None = None) -> AsyncIterator
         yield registry
 
 
+class RelaySocket:
+    """A websocket that somebody has opened to the rendezvous.
+
+    Attributes:
+        head: of the request that opened it.
+        channel: for what this class has no method for, such as the peer's `close_code`.
+        received: all that came, of which `receive` gives one after the other.
+        ended: set when the websocket is over.
+    """
+
+    def __init__(self, head: Head, channel: WebsocketChannel, changed: Callable[[], None]) -> None:
+        self.head = head
+        self.channel = channel
+        self.received: list[bytes] = []
+        self.ended = trio.Event()
+        self._arrived, self._arriving = trio.open_memory_channel[bytes](10_000)
+        self._changed = changed
+
+    async def receive(self) -> Frame:
+        """The next frame. What is none fails the test.
+
+        Raises:
+            trio.EndOfChannel: if the websocket is over.
+        """
+        data = await self._arriving.receive()
+        try:
+            return decode(data)
+        except InvalidFrame as invalid:
+            raise AssertionError(f"{data[:100]!r} is no frame: {invalid}") from invalid
+
+    def send(self, *frames: Frame) -> None:
+        for frame in frames:
+            self.channel.send_nowait(encode(frame))
+
+    def send_raw(self, data: bytes) -> None:
+        """A binary message that may be no frame."""
+        self.channel.send_nowait(data)
+
+    def send_text(self) -> None:
+        """A text message, which has no meaning here."""
+        self.channel.send_urgent(TEXT_FRAME)
+
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        self.channel.close_nowait(code, reason)
+
+    async def run(self) -> None:
+        with self._arrived:
+            await self.channel.run(self._take)
+        self.ended.set()
+        self._changed()
+
+    def _take(self, data: bytes) -> None:
+        self.received.append(data)
+        self._arrived.send_nowait(data)
+        self._changed()
+
+
 @define(eq=False)
 class FakeRendezvous:
     """Refuses, closes or keeps websockets, as it is told; the last of `plan` again and again.
@@ -260,15 +351,15 @@ class FakeRendezvous:
     Attributes:
         plan: the status of a refusal; 101 to keep the socket, 102 to keep it
             and never read it; or the code of a close at once.
+        heads: of all requests, also of those that were refused.
         sockets: those that were kept.
-        texts: what came on them.
     """
 
     plan: list[int] = field(factory=lambda: [101])
     heads: list[Head] = Factory(list)
-    sockets: list[WebsocketChannel] = Factory(list)
-    received: list[bytes] = Factory(list)
+    sockets: list[RelaySocket] = Factory(list)
     base: str = ""
+    _given: int = field(default=0, init=False)
     _changed: trio.Event = field(factory=trio.Event, init=False)
 
     @property
@@ -285,9 +376,14 @@ class FakeRendezvous:
         self._changed = trio.Event()
 
     async def serve(self, stream: trio.SocketStream) -> None:
+        with suppress(trio.BrokenResourceError):
+            await self._serve(stream)
+
+    async def _serve(self, stream: trio.SocketStream) -> None:
         async with stream:
             head = await read_head(stream)
-            assert head is not None
+            if head is None:
+                return
             self.heads.append(head)
             step = self.plan.pop(0) if len(self.plan) > 1 else self.plan[0]
             self._change()
@@ -301,14 +397,21 @@ class FakeRendezvous:
                 channel.close_nowait(step, "so it was told")
                 await channel.run(lambda message: None)
                 return
-            self.sockets.append(channel)
+            socket = RelaySocket(head, channel, self._change)
+            self.sockets.append(socket)
             self._change()
-            await channel.run(self._receive)
-            self._change()
+            await socket.run()
 
-    def _receive(self, message: bytes) -> None:
-        self.received.append(message)
-        self._change()
+    @property
+    def received(self) -> list[bytes]:
+        """What came on all of the sockets, one socket after the other."""
+        return [data for socket in self.sockets for data in socket.received]
+
+    async def accept(self) -> RelaySocket:
+        """The next socket that was opened and that this has not given yet."""
+        self._given += 1
+        await self.wait_until(lambda: len(self.sockets) >= self._given)
+        return self.sockets[self._given - 1]
 
 
 @asynccontextmanager

@@ -388,6 +388,7 @@ async def test_programs_run_through_our_relay_without_our_key_and_end_with_the_e
     watched = Watched()
     async with our_relay(tmp_path) as relay:
         monkeypatch.setenv("EXECENV_API_KEY", relay.executor_token)
+        monkeypatch.setenv("CODEX_API_KEY", "of somebody else")
         serve = ["serve", "--remote", relay.url, "--environment-id", ID, "--remote-transport", security]
         async with started([*EXECENV, *serve]) as executor:
             await executor.expect(b"registered")
@@ -396,6 +397,12 @@ async def test_programs_run_through_our_relay_without_our_key_and_end_with_the_e
                 async with execenv.open_environment(target, recovery=0) as env:
                     done = await env.run(["sh", "-c", "echo key:$EXECENV_API_KEY; head -c 1000000 /dev/zero"])
                     assert done.stdout == b"key:\n" + bytes(1_000_000)
+                    # Of the executor, which is the parent of what it starts.
+                    shown = await env.run(["sh", "-c", "tr '\\0' '\\n' < /proc/$PPID/environ; env"])
+                    assert shown.stdout is not None
+                    assert b"PATH=" in shown.stdout
+                    assert b"CODEX_API_KEY=of somebody else" in shown.stdout
+                    assert relay.executor_token.encode() not in shown.stdout
                     await env.start_detached("sleeper", ["sh", "-c", "echo $$; exec sleep 1000"])
                     async with env.attach("sleeper") as process:
                         watched.add(int(await process.stdout.receive_some()))

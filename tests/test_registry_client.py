@@ -16,7 +16,8 @@ from attrs import evolve
 from trio.testing import MockClock
 
 from execenv.errors import ConnectFailed, UsageError
-from execenv.relay.addresses import check_socket_url, parse_base_url
+from execenv.relay import registry as registry_module
+from execenv.relay.addresses import InvalidUrl, check_socket_url, parse_base_url
 from execenv.relay.registry import (
     MAX_ANSWER,
     MAX_ERROR,
@@ -421,7 +422,14 @@ async def test_members_that_are_not_known_are_passed_over(client: Client) -> Non
     ],
 )
 def test_url_of_a_websocket_that_nobody_can_listen_in_to_is_taken(url: str) -> None:
-    check_socket_url(url)
+    check_socket_url(url, here=True)
+
+
+@pytest.mark.parametrize("url", ["ws://127.0.0.1:7/x", "ws://localhost/", "wss://[::1]/", "wss://127.1.1.1/"])
+def test_registry_elsewhere_leads_nobody_to_what_listens_on_his_own_machine(url: str) -> None:
+    check_socket_url(url, here=True)
+    with pytest.raises(InvalidUrl, match="is of this machine, where the registry is not"):
+        check_socket_url(url, here=False)
 
 
 def test_values_hide_what_is_secret() -> None:
@@ -766,3 +774,17 @@ def test_pause_of_the_registry_doubles_up_to_five_seconds_and_half_as_much_again
     assert [registry_pause(n, least) for n in tries] == [0.5, 1, 2, 4, 5, 5, 5]
     assert [registry_pause(n, most) for n in tries] == [0.75, 1.5, 3, 6, 7.5, 7.5, 7.5]
     assert all(0.5 <= registry_pause(0) <= 0.75 for _ in range(100))
+
+
+async def test_certificates_of_the_system_are_read_for_https_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes 20 ms, in which nothing else moves, and a harness opens a registry for every stream."""
+
+    def read() -> ssl.SSLContext:
+        raise AssertionError("they were read")
+
+    monkeypatch.setattr(registry_module, "default_ssl", read)
+    async with open_registry("http://127.0.0.1:1", headers=dict):
+        pass
+    with pytest.raises(AssertionError, match="they were read"):
+        async with open_registry("https://registry.example", headers=dict):
+            pass

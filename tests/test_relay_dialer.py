@@ -6,24 +6,27 @@ import json
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import trio
 from attrs import define, evolve, field
 
 from execenv import ConnectFailed, ConnectionLost
+from execenv._service import Wakeup
 from execenv.relay.frames import Ack, Body, Data, Frame, Handshake, Heartbeat, Reset, Resume
 from execenv.relay.harness import RelayDialer, dial_clear
 from execenv.relay.noise import Identity, RecordReader, RecordWriter, Responder, Transport, prologue
 from execenv.targets import RelayTarget, WebsocketTarget
+from execenv.transports import websocket
 from execenv.transports.channel import Channel
-from execenv.transports.http import Refusal
-from tests.relay_fakes import (
+from execenv.transports.websocket import WebsocketChannel
+from tests.fake_relay import (
     Answer,
     FakeRegistry,
     FakeRendezvous,
     RelaySocket,
-    error,
+    error_answer,
     open_fake_registry,
     open_fake_rendezvous,
 )
@@ -41,18 +44,27 @@ class Relay:
     identity: Identity
     got: list[bytes] = field(factory=list)
     bundles: int = 0
+    changed: Wakeup = field(factory=Wakeup)
+
+    def take(self, message: bytes) -> None:
+        self.got.append(message)
+        self.changed.set()
+
+    async def wait_got(self, count: int = 1) -> None:
+        """Return when so many messages have come out of the channel."""
+        while len(self.got) < count:
+            await self.changed.wait()
 
     @property
     def target(self) -> RelayTarget:
         return RelayTarget(self.registry.url, ID, TOKEN)
 
-    def bundle(self, request: object = None, **changes: object) -> Answer:
+    def bundle(self, asked: object = None, **changes: object) -> Answer:
         self.bundles += 1
         return Answer(
-            200,
             {
                 "environment_id": ID,
-                "url": f"{self.rendezvous.url}/{ID}?role=harness&bundle={self.bundles}",
+                "url": f"{self.rendezvous.base}/{ID}?role=harness&bundle={self.bundles}",
                 "security_profile": "noise_hybrid_ik_v1",
                 "executor_registration_id": "reg-1",
                 "executor_public_key": self.identity.public.to_json(),
@@ -65,16 +77,16 @@ class Relay:
 @pytest.fixture
 async def relay() -> AsyncIterator[Relay]:
     with trio.fail_after(30):
-        async with open_fake_registry({}) as registry, open_fake_rendezvous() as rendezvous:
+        async with open_fake_registry() as registry, open_fake_rendezvous() as rendezvous:
             relay = Relay(registry, rendezvous, Identity.generate())
-            registry.answers["connect"] = relay.bundle
+            registry.answer("connect", relay.bundle)
             yield relay
 
 
 @asynccontextmanager
 async def running(dial: Callable[[], object], relay: Relay) -> AsyncIterator[Channel]:
     async with dial() as channel, trio.open_nursery() as nursery:  # type: ignore[attr-defined]
-        nursery.start_soon(channel.run, relay.got.append)
+        nursery.start_soon(channel.run, relay.take)
         yield channel
         channel.close_nowait()
 
@@ -123,11 +135,11 @@ async def test_registry_is_asked_with_the_key_of_the_harness_and_its_token(relay
         async with dialer.dial():
             await relay.rendezvous.accept()
     one, other = [await relay.registry.request("connect") for _ in range(2)]
-    assert one.path == f"/cloud/environment/{ID}/connect"
-    assert one.headers["authorization"] == f"Bearer {TOKEN}"
-    assert one.headers["chatgpt-account-id"] == "acct1"
-    assert set(one.body) == {"harness_public_key"}
-    assert one.body == other.body, "it is the same harness"
+    assert one.head.path == f"/cloud/environment/{ID}/connect"
+    assert one.header("authorization") == f"Bearer {TOKEN}"
+    assert one.header("chatgpt-account-id") == "acct1"
+    assert set(one.json) == {"harness_public_key"}
+    assert one.json == other.json, "it is the same harness"
 
 
 async def test_first_frames_are_a_resume_and_a_handshake_of_a_new_stream(relay: Relay) -> None:
@@ -148,37 +160,47 @@ async def test_first_frames_are_a_resume_and_a_handshake_of_a_new_stream(relay: 
 
 
 async def test_executor_that_is_being_connected_is_waited_for(relay: Relay) -> None:
-    relay.registry.answers["connect"] = [error(409, "environment_offline"), error(503), relay.bundle]
+    relay.registry.answer(
+        "connect", error_answer(409, "environment_offline"), error_answer(503), relay.bundle
+    )
     async with RelayDialer(relay.target, 25).dial():
         await relay.rendezvous.accept()
-    assert len(relay.registry.requests) == 3
+    assert len(relay.registry.asked) == 3
 
 
 async def test_executor_that_stays_away_is_told_when_the_time_is_over(relay: Relay) -> None:
-    relay.registry.answers["connect"] = error(409, "environment_offline", "nobody is there")
+    relay.registry.answer("connect", error_answer(409, "environment_offline", "nobody is there"))
     with pytest.raises(ConnectFailed, match="nobody is there") as caught:
         async with RelayDialer(evolve(relay.target, connect_timeout=0.4), 25).dial():
             raise AssertionError("it was opened")
     assert caught.value.retryable
-    assert len(relay.registry.requests) == 1
+    assert len(relay.registry.asked) == 1
 
 
 @pytest.mark.parametrize("status", [401, 403])
 async def test_refusal_of_the_registry_is_final(relay: Relay, status: int) -> None:
-    relay.registry.answers["connect"] = error(status, "no", "you may not")
+    relay.registry.answer("connect", error_answer(status, "no", "you may not"))
     with pytest.raises(ConnectFailed, match="authentication failed") as caught:
         async with RelayDialer(relay.target, 25).dial():
             raise AssertionError("it was opened")
     assert not caught.value.retryable
-    assert len(relay.registry.requests) == 1
+    assert len(relay.registry.asked) == 1
+
+
+async def test_registry_that_says_nothing_is_given_the_connect_timeout(relay: Relay) -> None:
+    relay.registry.answer("connect", Answer(b"", hangs=True))
+    with trio.fail_after(5), pytest.raises(ConnectFailed, match=r"did not answer within 0\.2 s") as caught:
+        async with RelayDialer(evolve(relay.target, connect_timeout=0.2), 25).dial():
+            pass
+    assert caught.value.retryable
 
 
 async def test_websocket_refused_with_401_is_tried_once_more_with_a_fresh_bundle(relay: Relay) -> None:
-    relay.rendezvous.refusals = [Refusal(401)]
+    relay.rendezvous.plan = [401, 101]
     async with RelayDialer(relay.target, 25).dial():
         await relay.rendezvous.accept()
     assert relay.bundles == 2
-    relay.rendezvous.refusals = [Refusal(401), Refusal(401)]
+    relay.rendezvous.plan = [401]
     with pytest.raises(ConnectFailed, match="status 401"):
         async with RelayDialer(relay.target, 25).dial():
             raise AssertionError("it was opened")
@@ -186,8 +208,8 @@ async def test_websocket_refused_with_401_is_tried_once_more_with_a_fresh_bundle
 
 
 async def test_environment_in_clear_text_is_refused_unless_it_was_asked_for(relay: Relay) -> None:
-    plain = {"environment_id": ID, "url": f"{relay.rendezvous.url}?role=harness"}
-    relay.registry.answers["connect"] = Answer(200, plain | {"security_profile": "clear_relay_v1"})
+    plain = {"environment_id": ID, "url": f"{relay.rendezvous.base}?role=harness"}
+    relay.registry.answer("connect", Answer(plain | {"security_profile": "clear_relay_v1"}))
     with pytest.raises(ConnectFailed) as caught:
         async with RelayDialer(relay.target, 25).dial():
             raise AssertionError("it was opened")
@@ -195,7 +217,7 @@ async def test_environment_in_clear_text_is_refused_unless_it_was_asked_for(rela
     async with running(RelayDialer(evolve(relay.target, security="clear"), 25).dial, relay):
         socket = await relay.rendezvous.accept()
         assert (await socket.receive()).body == Resume(0, reliability=1)
-    assert relay.registry.requests[-1].body == {}
+    assert relay.registry.asked[-1].json == {}
 
 
 async def test_environment_with_noise_is_not_reached_in_clear_text(relay: Relay) -> None:
@@ -215,15 +237,12 @@ async def test_nothing_is_said_before_the_handshake_is_done(relay: Relay) -> Non
             socket.send(Frame(stream_id, body))
         for other in (Reset("r"), Data(0, b"x"), Handshake(b"x")):
             socket.send(Frame("another stream", other))
-        await trio.sleep(0.05)
-        with pytest.raises(trio.WouldBlock):
-            socket.receive_nowait()
         message, transport = responder.answer()
         socket.send(Frame(stream_id, Handshake(message)))
-        assert await message_of(socket, transport) == b'{"n":1}'
+        first = await message_of(socket, transport)
+        assert first == b'{"n":1}', "what had been said before it would have come before it"
         socket.send(Frame(stream_id, Data(0, sealed(transport, b'{"n":2}'))))
-        while not relay.got:  # noqa: ASYNC110
-            await trio.sleep(0.01)
+        await relay.wait_got()
         assert relay.got == [b'{"n":2}']
 
 
@@ -260,8 +279,7 @@ async def test_invalid_frame_of_another_stream_is_ignored(relay: Relay) -> None:
         socket, stream_id, transport = await agree(relay)
         socket.send_raw(b"\x08\x02\x12\x01x\x32\x00")
         socket.send(Frame(stream_id, Data(0, sealed(transport, b"{}"))))
-        while not relay.got:  # noqa: ASYNC110
-            await trio.sleep(0.01)
+        await relay.wait_got()
         assert not channel.closed
 
 
@@ -280,7 +298,7 @@ async def test_released_executor_gets_no_acknowledgements(relay: Relay) -> None:
         socket, stream_id, transport = await agree(relay)
         for number in range(3):
             socket.send(Frame(stream_id, Data(number, sealed(transport, b"{}"))))
-        await trio.sleep(0.3)
+        await relay.wait_got(3)
         channel.send_nowait(b'{"n":1}')
         frame = await socket.receive()
         assert (frame.ack, frame.ack_bits) == (0, 0)
@@ -330,18 +348,36 @@ async def test_stream_is_not_resumed_where_the_key_of_the_executor_has_changed(r
             Frame(stream_id, Handshake(message)),
             Frame(stream_id, Data(0, sealed(transport, b'{"n":1}'))),
         )
-        while not relay.got:  # noqa: ASYNC110
-            await trio.sleep(0.01)
+        await relay.wait_got()
         relay.identity = Identity.generate()
         socket.close(1012)
         assert "executor key changed during session recovery" in await ended(channel)
+
+
+async def test_sockets_of_a_harness_ping_every_30_seconds_and_wait_60_for_the_answer(
+    relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[WebsocketChannel] = []
+    connect = websocket.connect
+
+    async def watched(url: str, **options: Any) -> WebsocketChannel:
+        channel = await connect(url, **options)
+        opened.append(channel)
+        return channel
+
+    monkeypatch.setattr(websocket, "connect", watched)
+    async with (
+        RelayDialer(relay.target, 25).dial(),
+        dial_clear(WebsocketTarget(f"{relay.rendezvous.base}?role=harness"), 25),
+    ):
+        assert [(channel._ping_interval, channel._pong_timeout) for channel in opened] == [(30, 60)] * 2
 
 
 # Clear text (§4.2).
 
 
 async def test_url_with_the_role_of_a_harness_is_spoken_to_in_frames(relay: Relay) -> None:
-    url = f"{relay.rendezvous.url}/{ID}?role=harness&sig=secret"
+    url = f"{relay.rendezvous.base}/{ID}?role=harness&sig=secret"
     async with running(lambda: dial_clear(WebsocketTarget(url, TOKEN), 25), relay) as channel:
         socket = await relay.rendezvous.accept()
         assert socket.head.headers["authorization"] == f"Bearer {TOKEN}".encode()
@@ -357,15 +393,14 @@ async def test_url_with_the_role_of_a_harness_is_spoken_to_in_frames(relay: Rela
             socket.send(Frame(resume.stream_id, body))
         socket.send(Frame(resume.stream_id, Data(9, b'{"n":2}')))
         socket.send(Frame(resume.stream_id, Data(4, b'{"n":3}')))
-        while len(relay.got) < 2:  # noqa: ASYNC110
-            await trio.sleep(0.01)
+        await relay.wait_got(2)
         assert relay.got == [b'{"n":2}', b'{"n":3}'], "sequence numbers of clear text are not checked"
         socket.send(Frame(resume.stream_id, Reset("the reason")))
         assert "relay stream reset: the reason" in await ended(channel)
 
 
 async def test_closed_socket_of_who_does_not_resume_ends_the_stream(relay: Relay) -> None:
-    url = f"{relay.rendezvous.url}?role=harness"
+    url = f"{relay.rendezvous.base}?role=harness"
     async with running(lambda: dial_clear(WebsocketTarget(url), 25), relay) as channel:
         socket = await relay.rendezvous.accept()
         await socket.receive()

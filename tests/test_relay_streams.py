@@ -15,8 +15,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from execenv.errors import ConnectionLost
 from execenv.relay import executor, frames
 from execenv.relay.executor import HARNESS_DISCONNECTED, PROTOCOL_ERROR, ExecutorStream
-from execenv.relay.frames import Data, Frame, Handshake, Reset, Resume
-from execenv.relay.harness import HarnessStream
+from execenv.relay.frames import Ack, Data, Frame, Handshake, Reset, Resume
+from execenv.relay.harness import BURST, BURST_PAUSE, HarnessStream
 from execenv.relay.keys import PublicKey
 from execenv.relay.noise import Identity, NoiseFailed
 from execenv.transports.channel import Channel
@@ -386,6 +386,41 @@ async def test_end_that_does_not_acknowledge_is_served_without(
             assert stream.closed
 
 
+@NOISE
+async def test_end_that_does_not_acknowledge_gets_no_more_at_once_than_it_keeps(
+    autojump_clock: MockClock, noise: bool
+) -> None:
+    """It resets a stream of which it has more than 128 messages that it has not come to."""
+    got: list[bytes] = []
+    channels: list[Channel] = []
+
+    async def serve(channel: Channel) -> None:
+        channels.append(channel)
+        await channel.run(got.append)
+
+    async with open_pair(serve, noise=noise) as pair:
+        pair.rendezvous.watch = lambda way, data: type(frames.decode(data).body) is not Resume
+        async with open_client(pair) as client:
+            client.stream.send_nowait(message(0))
+            await wait_all_tasks_blocked()
+            channels[0].send_nowait(b'{"id":0,"result":{}}')  # the harness knows now that it is one of those
+            await client.wait_for(1)
+            sent = [message(number) for number in range(1, 301)]
+            for one in sent:
+                client.stream.send_nowait(one)
+            await wait_all_tasks_blocked()
+            assert len(got) == 1 + BURST
+            for number in range(10):
+                channels[0].send_nowait(b'{"id":%d,"result":{}}' % number)
+                channels[0].send_nowait(b'{"method":"process/output","params":{}}')
+            await wait_all_tasks_blocked()
+            assert len(got) == 1 + BURST + 10
+            await trio.sleep(BURST_PAUSE * 3.5)
+            assert len(got) == 1 + BURST + 10 + 3 * BURST
+            await trio.sleep(BURST_PAUSE)
+            assert got[1:] == sent
+
+
 # The executor's table (relay.md §4.3, 4.5), frame by frame.
 
 
@@ -450,6 +485,38 @@ async def test_segments_that_were_not_agreed_on_reset_the_stream(autojump_clock:
         raw.send(Data(0, b'{"n":3}'))  # the id is free again
         await wait_all_tasks_blocked()
         assert raw.got[-1].body == Data(0, b'{"n":3}')
+
+
+async def test_rest_of_a_long_message_begins_no_streams(autojump_clock: MockClock) -> None:
+    served: list[Channel] = []
+
+    async def serve(channel: Channel) -> None:
+        served.append(channel)
+        await channel.run(channel.send_nowait)
+
+    async with open_pair(serve, noise=False) as pair, open_raw(pair) as raw:
+        raw.send(Resume(0, reliability=1))
+        raw.send(Data(0, b'{"n":1}'))
+        raw.send(Data(1, b'{"n"', 0, 3000))
+        raw.send(Data(2, b"does not fit", 2, 3000))
+        for seq in range(3, 3000):
+            raw.send(Data(seq, b"{}", seq - 1, 3000))
+        raw.send(Data(0, b"{}", 0, 2))  # and nobody has agreed on segments here
+        await wait_all_tasks_blocked()
+        assert len(served) == 1
+        assert set(raw.resets()) == {("raw", PROTOCOL_ERROR)}
+
+
+async def test_flood_of_garbage_is_not_a_flood_of_warnings(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_pair(echo, noise=False) as pair:
+        executor_leg = pair.rendezvous.executor
+        assert executor_leg is not None
+        for _ in range(1000):
+            executor_leg.send_nowait(b"garbage")
+        await wait_all_tasks_blocked()
+    assert 0 < len(caplog.records) <= 40
 
 
 async def test_garbage_ends_neither_a_stream_nor_the_socket(autojump_clock: MockClock) -> None:
@@ -644,7 +711,7 @@ async def test_authorization_may_have_4096_bytes(autojump_clock: MockClock) -> N
 async def test_stream_that_asks_and_takes_no_answer_is_reset(autojump_clock: MockClock) -> None:
     async with open_pair(echo, noise=False) as pair, open_raw(pair) as raw:
         raw.send(Resume(0, reliability=1))
-        for seq in range(80):  # it never acknowledges, so nothing more than a window goes out
+        for seq in range(150):  # it never acknowledges, so nothing more than a window goes out
             raw.send(Data(seq, b'{"x":"' + bytes(1_000_000).replace(b"\0", b"x") + b'"}'))
         await wait_all_tasks_blocked()
         assert raw.resets() == [("raw", PROTOCOL_ERROR)]
@@ -660,3 +727,74 @@ async def test_harness_disconnected_detaches_a_stream_that_does_not_resume(autoj
         await wait_all_tasks_blocked()
         assert stream.closed
         assert HARNESS_DISCONNECTED == "harness_disconnected"
+
+
+async def test_question_waits_while_long_answers_lie_there(autojump_clock: MockClock) -> None:
+    long = b'{"x":"' + b"x" * (70 * 1024 * 1024) + b'"}'
+
+    async def answer(channel: Channel) -> None:
+        await channel.run(lambda data: channel.send_nowait(long if b"long" in data else data))
+
+    async with open_pair(answer, noise=False) as pair, open_client(pair) as client:
+        client.stream.send_nowait(message(1))
+        await client.wait_for(1)
+        client.stream.send_nowait(b'{"long":1}')
+        client.stream.send_nowait(message(2))
+        client.stream.send_nowait(message(3))
+        await client.wait_for(4)
+        assert client.got == [message(1), long, message(2), message(3)]
+
+
+async def test_executor_that_never_resumes_is_given_up_in_time(autojump_clock: MockClock) -> None:
+    async with open_pair(echo, noise=True) as pair, open_client(pair) as client:
+        client.stream.send_nowait(message(1))
+        await client.wait_for(1)
+        pair.rendezvous.watch = lambda way, frame: not isinstance(frames.decode(frame).body, Resume)
+        began = trio.current_time()
+        pair.rendezvous.cut_harnesses()
+        with pytest.raises(ConnectionLost, match="could not be resumed: the executor did not resume"):
+            await client.wait_for(2)
+        assert trio.current_time() - began == pytest.approx(25)
+
+
+async def test_probe_says_nothing_of_a_socket_that_came_later(autojump_clock: MockClock) -> None:
+    async with open_pair(echo, noise=True) as pair, open_client(pair) as client:
+        client.stream.send_nowait(message(1))
+        await client.wait_for(1)
+
+        async def connect_slowly() -> Channel:
+            await trio.sleep(7)
+            return await pair.rendezvous.connect_harness()
+
+        client.stream._again = connect_slowly
+        pair.rendezvous.watch = lambda way, frame: False
+        client.stream.probe_nowait()
+        await wait_all_tasks_blocked()
+        pair.rendezvous.watch = lambda way, frame: True
+        pair.rendezvous.cut_harnesses()
+        client.stream.send_nowait(message(2))
+        await client.wait_for(2)
+
+
+async def test_stream_that_waits_to_be_resumed_sleeps(mock_clock: MockClock) -> None:
+    """Also where its own deadlines have passed meanwhile, and something is heard before the resume."""
+    async with open_pair(echo, noise=True) as pair, open_client(pair) as client:
+        client.stream.send_nowait(message(1))
+        await client.wait_for(1)
+
+        async def connect_slowly() -> Channel:
+            await trio.sleep(21)
+            return await pair.rendezvous.connect_harness()
+
+        client.stream._again = connect_slowly
+        pair.rendezvous.watch = lambda way, frame: False
+        client.stream.send_nowait(message(2))
+        pair.rendezvous.cut_harnesses()
+        await wait_all_tasks_blocked()
+        mock_clock.jump(21)
+        await wait_all_tasks_blocked()
+        client.stream.receive_frame(Frame(client.stream.stream_id, Ack(), 1))
+        with trio.fail_after(1):
+            mock_clock.rate = 1
+            await wait_all_tasks_blocked()
+        assert client.stream.interrupted

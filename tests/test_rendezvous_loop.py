@@ -223,10 +223,13 @@ async def test_every_refusal_of_the_registration_registers(autojump_clock: MockC
 
 
 @pytest.mark.parametrize("retryable", [True, False])
-async def test_connect_errors_wait_and_take_the_same_url(retryable: bool, autojump_clock: MockClock) -> None:
+async def test_connect_errors_wait_and_take_the_same_url(
+    retryable: bool, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
     loop = await run_plan(ConnectFailed("cannot connect", retryable=retryable))
     assert loop.urls == [FIRST.url] * 2
     assert loop.pauses == [1]
+    assert "cannot connect (where the registry says that the rendezvous is); retry in 1.0 s" in caplog.text
 
 
 async def test_websocket_has_ten_seconds_to_open(
@@ -396,7 +399,11 @@ async def test_what_happens_is_logged_for_people(
         ),
         ("INFO", f"{ID}: registered at https://registry.example"),
         ("WARNING", f"{ID}: wss://relay.example/first refused the websocket with status 403; retry in 2.0 s"),
-        ("WARNING", f"{ID}: cannot connect to wss://relay.example/second; retry in 4.0 s"),
+        (
+            "WARNING",
+            f"{ID}: cannot connect to wss://relay.example/second (where the registry says that the "
+            "rendezvous is); retry in 4.0 s",
+        ),
     ]
     assert loop.connected == ["wss://relay.example/first"]
 
@@ -493,7 +500,7 @@ async def test_handshake_has_a_request_id_and_neither_origin_nor_protocol_nor_cr
 async def test_messages_are_binary_in_both_directions() -> None:
     async with open_fake_rendezvous() as rendezvous, serving(rendezvous):
         await rendezvous.wait_until(lambda: bool(rendezvous.sockets))
-        rendezvous.sockets[0].send_nowait(b"\x00\xff")
+        rendezvous.sockets[0].send_raw(b"\x00\xff")
         await rendezvous.wait_until(lambda: bool(rendezvous.received))
         assert rendezvous.received == [b"\x00\xff"]
 
@@ -511,7 +518,7 @@ async def test_text_message_reaches_the_streams_as_nothing_and_the_socket_stays(
 
     async with open_fake_rendezvous() as rendezvous, serving(rendezvous, streams=Streams()):
         await rendezvous.wait_until(lambda: bool(rendezvous.sockets))
-        socket = rendezvous.sockets[0]
+        socket = rendezvous.sockets[0].channel
         socket.send_urgent(b"\x81\x04text")
         socket.send_nowait(b"binary")
         await rendezvous.wait_until(lambda: len(rendezvous.received) == 2)
@@ -521,11 +528,11 @@ async def test_text_message_reaches_the_streams_as_nothing_and_the_socket_stays(
 async def test_message_as_large_as_allowed_is_taken_with_its_frame_and_a_larger_one_ends_the_socket() -> None:
     async with open_fake_rendezvous() as rendezvous, serving(rendezvous, max_message=4096):
         await rendezvous.wait_until(lambda: bool(rendezvous.sockets))
-        rendezvous.sockets[0].send_nowait(b"x" * (4096 + 1024))
+        rendezvous.sockets[0].send_raw(b"x" * (4096 + 1024))
         await rendezvous.wait_until(lambda: bool(rendezvous.received))
-        rendezvous.sockets[0].send_nowait(b"x" * (4096 + 1025))
+        rendezvous.sockets[0].send_raw(b"x" * (4096 + 1025))
         await rendezvous.wait_until(lambda: len(rendezvous.sockets) == 2)
-        assert rendezvous.sockets[0].close_code == 1009
+        assert rendezvous.sockets[0].channel.close_code == 1009
 
 
 async def test_real_socket_is_dropped_and_opened_again_when_nobody_answers_pings() -> None:
@@ -549,7 +556,7 @@ async def test_rows_of_the_rendezvous_with_real_sockets() -> None:
 
 
 async def test_replaced_executor_ends_with_a_real_socket() -> None:
-    with trio.fail_after(20), pytest.RaisesGroup(Replaced, flatten_subgroups=True):
+    with trio.fail_after(20), pytest.RaisesGroup(Replaced, flatten_subgroups=True, allow_unwrapped=True):
         async with (
             open_fake_rendezvous([4409]) as rendezvous,
             serving(rendezvous),
@@ -575,7 +582,7 @@ async def test_no_secret_is_logged_at_any_level(caplog: pytest.LogCaptureFixture
     ):
         registry.answer("validate", error_answer(500, "c", f"{AUTHORIZATION} {API_KEY}"))
         await rendezvous.wait_until(lambda: bool(rendezvous.sockets))
-        rendezvous.sockets[0].send_nowait(b"x")
+        rendezvous.sockets[0].send_raw(b"x")
         await rendezvous.wait_until(lambda: bool(rendezvous.received))
     assert f"connected to {rendezvous.base}/rendezvous/{ID}" in caplog.text
     for secret in (API_KEY, SIGNATURE, "sig=", AUTHORIZATION, *(key["x25519_public_key"] for key in keys)):

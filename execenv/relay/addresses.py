@@ -131,12 +131,17 @@ def parse_base_url(text: str) -> Address:
     return address
 
 
-def check_socket_url(url: str) -> None:
+def check_socket_url(url: str, *, here: bool) -> None:
     """See that a URL from a registry is that of a websocket which nobody else can listen in to.
+
+    Args:
+        here: whether the registry is this machine. Another one has no business with what listens here.
 
     Raises:
         InvalidUrl: if it is none; the text doesn't quote it.
     """
     address = parse_url(url, ("wss", "ws"))
+    if address.is_loopback and not here:
+        raise InvalidUrl("is of this machine, where the registry is not")
     if address.scheme == "ws" and not address.is_loopback:
         raise InvalidUrl("is ws:// of another machine, where only wss:// is safe")

@@ -10,7 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from logging import getLogger
+from logging import WARNING, Filter, LogRecord, getLogger
 from typing import TypeAlias
 
 import trio
@@ -24,6 +24,34 @@ from execenv.relay.streams import CLOSED, Cipher, RelaySocket, RelayStream
 from execenv.transports.channel import DEFAULT_MAX_MESSAGE, HIGH_WATER, Channel
 
 logger = getLogger(__name__)
+
+
+class _Enough(Filter):
+    """Lets a few warnings through at a time: another end can cause one with every frame, and fill a disk."""
+
+    MOST = 20
+    SECONDS = 10.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._began = -math.inf
+        self._count = 0
+
+    def filter(self, record: LogRecord) -> bool:
+        if record.levelno != WARNING:
+            return True
+        if not 0 <= record.created - self._began < self.SECONDS:
+            left_out = self._count - self.MOST
+            if left_out > 0:
+                record.msg = f"{record.getMessage()} ({left_out} warnings before it left out)"
+                record.args = ()
+            self._began = record.created
+            self._count = 0
+        self._count += 1
+        return self._count <= self.MOST
+
+
+logger.addFilter(_Enough())
 
 MAX_STREAMS = 128
 MAX_PENDING = 32
@@ -93,13 +121,9 @@ class ExecutorStream(RelayStream):
         if self._reliable is None or self._ending:
             self.end(reason)
             return
-        self.detach()
-        self._open = False
-        self._asked = False
-        self._probe_until = math.inf
         if not self.interrupted:
             self._forget_at = trio.current_time() + STREAM_TTL
-        self._set_interrupted(reason)
+        self._interrupt(reason)
 
     def _resume(self, resume: Resume) -> None:
         super()._resume(resume)
@@ -265,6 +289,9 @@ class _ExecutorSocket:
             self._refuse(frame.stream_id)
         elif self._streams.full:
             logger.warning("%s: too many streams", self.socket.channel.label)
+            self._refuse(frame.stream_id)
+        elif data.segment_count != 1 and (data.segment_index or frame.stream_id not in self._offers):
+            # What was on its way on a stream that has ended: thousands may come, and none can begin another.
             self._refuse(frame.stream_id)
         elif data.segment_count == 1 and not _is_object(data.payload):
             logger.warning("%s: what is no JSON object begins no stream", self.socket.channel.label)

@@ -12,7 +12,6 @@ from google.protobuf.message import DecodeError
 
 from execenv.relay.schema_pb2 import (
     RelayAck,
-    RelayData,
     RelayHandshake,
     RelayHeartbeat,
     RelayMessageFrame,
@@ -26,6 +25,9 @@ MAX_REASON = 256  # bytes
 MAX_SEGMENTS = 1 << 16
 SEGMENT = 60 * 1024
 """The largest piece of a message that a frame carries between ends that segment."""
+OFFER, ANSWER = 1, 2
+"""What a `Resume` is: one that the other end answers, and one that it does not. Were every one answered, a
+single one too many would go to and fro for ever."""
 MAX_SEQ = 2**32 - 2
 """The last sequence number of a stream and direction (relay.md §5.5)."""
 
@@ -62,8 +64,8 @@ class Resume:
     """What its sender has received: everything before `next_seq`.
 
     Attributes:
-        reliability: 1 if the sender acknowledges, resumes and resends, and expects as much; 0 of a program
-            that knows nothing of that.
+        reliability: `OFFER` or `ANSWER` if the sender acknowledges, resumes and resends, and expects as much;
+            0 of a program that knows nothing of that.
     """
 
     next_seq: int = 0
@@ -114,14 +116,11 @@ def encode(frame: Frame) -> bytes:
         version=VERSION, stream_id=frame.stream_id, ack=frame.ack, ack_bits=frame.ack_bits
     )
     if type(body) is Data:
-        message.data.CopyFrom(
-            RelayData(
-                seq=body.seq,
-                segment_index=body.segment_index,
-                segment_count=body.segment_count,
-                payload=body.payload,
-            )
-        )
+        data = message.data  # filled in place: another message would be copied, with its payload
+        data.seq = body.seq
+        data.segment_index = body.segment_index
+        data.segment_count = body.segment_count
+        data.payload = body.payload
     elif type(body) is Ack:
         message.ack_frame.CopyFrom(RelayAck())
     elif type(body) is Resume:
@@ -161,6 +160,8 @@ def _parsed(data: bytes) -> RelayMessageFrame:
         raise InvalidFrame("its stream id is blank")
     if stream_id != stream_id.strip() or len(stream_id.encode()) > MAX_STREAM_ID:
         raise InvalidFrame(f"its stream id has blanks around it, or more than {MAX_STREAM_ID} bytes")
+    if not stream_id.isprintable():  # it stands in logs
+        raise InvalidFrame("its stream id cannot be printed")
     return message
 
 
@@ -170,9 +171,10 @@ def _body(message: RelayMessageFrame, stream_id: str) -> Body:
         data = message.data
         if not data.segment_index < data.segment_count <= MAX_SEGMENTS or data.segment_index > data.seq:
             raise InvalidFrame("its segment cannot be", stream_id)
-        if not data.payload:
+        payload = data.payload  # a copy each time
+        if not payload:
             raise InvalidFrame("its payload is empty", stream_id)
-        return Data(data.seq, data.payload, data.segment_index, data.segment_count)
+        return Data(data.seq, payload, data.segment_index, data.segment_count)
     if kind == "ack_frame":
         return Ack()
     if kind == "resume":

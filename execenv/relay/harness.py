@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from logging import getLogger
 
@@ -33,6 +33,13 @@ STEADY = 1.0
 """Seconds that a socket has to last for the next one to be made at once."""
 MAX_FRAME = 128 * 1024
 """Bytes of a frame, where its payload is Noise: 65,535 at most."""
+
+BURST = 64
+"""Messages that a released executor is sent without a sign that it has taken some. It keeps 128 of a stream
+that it has not come to (relay.md §4.7), and ends the stream that has sent one more."""
+BURST_PAUSE = 0.25
+"""Seconds after which it has taken them in any case: some requests are answered late, and some messages are
+none."""
 
 OpenSocket = Callable[[], Awaitable[Channel]]
 """Opens a websocket for the stream, with whatever is fresh for it. Raises ConnectFailed."""
@@ -68,6 +75,8 @@ class HarnessStream(RelayStream):
         self._ran = False
         self._running: RelaySocket | None = None
         self._agreed = False  # whether the other end acknowledges and resumes too
+        self._burst = 0  # messages that were sent and may not have been taken
+        self._burst_until = math.inf
         self.socket = RelaySocket(first)
         self._send_control(Resume(0, reliability=1))
         if initiator is None:
@@ -119,9 +128,7 @@ class HarnessStream(RelayStream):
             if not self._may_resume:
                 self.end(loss)
                 return
-            self._open = False
-            self._asked = False
-            self._set_interrupted(loss)
+            self._interrupt(loss)
             if trio.current_time() - began > STEADY:
                 tries = 0
             elif self._reliable is not None and self._reliable.ack != had:
@@ -148,7 +155,7 @@ class HarnessStream(RelayStream):
         """The next socket; `None` if the stream is over."""
         loss = self.interrupted
         last: Exception | None = None
-        with trio.move_on_at(self.interrupted_at + self._deadline_of_recovery):
+        with trio.move_on_at(self._give_up_at):
             while not self._ending:
                 if tries:
                     await trio.sleep(registry_pause(tries - 1))
@@ -164,11 +171,19 @@ class HarnessStream(RelayStream):
         return None
 
     async def _expect_resume(self, channel: Channel) -> None:
-        with trio.move_on_after(RESUME_TIMEOUT):
+        asked = trio.current_time()
+        with trio.move_on_at(min(asked + RESUME_TIMEOUT, self._give_up_at)):
             await self._resumed.wait()
             return
-        channel.loss = f"the executor did not resume the stream within {RESUME_TIMEOUT:g} s"
+        seconds = trio.current_time() - asked
+        channel.loss = f"the executor did not resume the stream within {seconds:.3g} s"
+        if trio.current_time() >= self._give_up_at:
+            self.end(f"{self.interrupted}; the stream could not be resumed: {channel.loss}")
         channel.close_nowait()
+
+    @property
+    def _give_up_at(self) -> float:
+        return self.interrupted_at + self._deadline_of_recovery
 
     # Frames.
 
@@ -196,6 +211,8 @@ class HarnessStream(RelayStream):
                 self._segments = True
             self._agreed = True
             return
+        if self._initiator is not None:
+            return  # nothing was sent that could be resumed: somebody on the way would open the stream early
         super()._resume(resume)
         self._resumed.set()
 
@@ -219,6 +236,41 @@ class HarnessStream(RelayStream):
         if self._initiator is not None:
             raise StreamBroken("data came before the handshake was done")
         super()._data(data)
+
+    # Bursts. An end that acknowledges holds us back by that.
+
+    def _must_wait(self) -> bool:
+        if self._burst < BURST or self._reliable is not None:
+            return False
+        if self._burst_until == math.inf:
+            self._burst_until = trio.current_time() + BURST_PAUSE
+            self._note_deadline()
+        return True
+
+    def _cut(self, parts: tuple[bytes, ...]) -> Iterator[tuple[bytes, int, int]]:
+        if self._reliable is None:
+            self._burst += 1
+        return super()._cut(parts)
+
+    def _deliver(self, message: bytes) -> None:
+        if self._burst and not message.startswith(b'{"method"'):  # an answer
+            self._set_burst(self._burst - 1)
+        super()._deliver(message)
+
+    def _set_burst(self, burst: int) -> None:
+        held, self._burst = self._burst >= BURST, burst
+        self._burst_until = math.inf
+        if held:
+            self._send_more()
+
+    def _deadline(self) -> float:
+        return min(super()._deadline(), self._burst_until)
+
+    def _look_at_the_clock(self, now: float) -> None:
+        if self._burst_until <= now:
+            self._set_burst(0)
+        else:
+            super()._look_at_the_clock(now)
 
     def _reset(self, reason: str) -> None:
         # Of Noise the peer's text is not shown: anybody on the way could have written it (§4.4).
@@ -321,9 +373,14 @@ class RelayDialer:
         self, registry: Registry, known: PublicKey | None
     ) -> tuple[Bundle, WebsocketChannel]:
         target = self._target
-        bundle = await registry.connect(
-            target.environment_id, None if self._identity is None else self._identity.public
-        )
+        try:
+            with trio.fail_after(target.connect_timeout):
+                bundle = await registry.connect(
+                    target.environment_id, None if self._identity is None else self._identity.public
+                )
+        except trio.TooSlowError as error:
+            text = f"the registry {registry.shown} did not answer within {target.connect_timeout:g} s"
+            raise ConnectFailed(text) from error
         if known is not None and bundle.executor_key != known:
             raise ConnectFailed("executor key changed during session recovery", retryable=False)
         return bundle, await _open_websocket(

@@ -18,6 +18,7 @@ from attrs import field, frozen
 from execenv.errors import ConnectFailed, UsageError
 from execenv.relay.addresses import Address, InvalidUrl, check_socket_url, parse_base_url
 from execenv.relay.keys import InvalidKey, PublicKey
+from execenv.transports.websocket import default_ssl
 
 if TYPE_CHECKING:
     import ssl
@@ -218,7 +219,7 @@ class Registry:
     def _socket_url(self, answer: Mapping[str, object]) -> str:
         url = self._text(answer, "url")
         try:
-            check_socket_url(url)
+            check_socket_url(url, here=self._base.is_loopback)
         except InvalidUrl as error:
             raise self._senseless(f"the websocket URL in its answer {error}") from None
         return url
@@ -381,17 +382,11 @@ async def open_registry(
     import httpcore2
 
     async with httpcore2.AsyncConnectionPool(
-        ssl_context=ssl_context or (_default_ssl() if base.scheme == "https" else None),
+        # Only where there is use for it: all certificates of the system are read (20 ms).
+        ssl_context=ssl_context or (default_ssl() if base.scheme == "https" else None),
         max_connections=None,
         max_keepalive_connections=8,
         keepalive_expiry=5.0,
         network_backend=network_backend or httpcore2.TrioBackend(),
     ) as pool:
         yield Registry(pool, base, headers)
-
-
-def _default_ssl() -> ssl.SSLContext:
-    """Reads all certificates of the system, in 20 ms and more, in which nothing else runs."""
-    import ssl
-
-    return ssl.create_default_context()

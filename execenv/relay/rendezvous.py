@@ -141,7 +141,7 @@ async def serve_rendezvous(
                 problem = f"{shown} refused the websocket with status {error.status}"
                 rejected = error.status in REJECTS_REGISTRATION
             except ConnectFailed as error:
-                problem = str(error)
+                problem = f"{error} (where the registry says that the rendezvous is)"
         if channel is not None:
             logger.info("%s: connected to %s", environment_id, shown)
             connected(shown)

@@ -17,6 +17,8 @@ import trio
 from execenv._service import Wakeup, open_nursery
 from execenv.errors import ConnectionLost
 from execenv.relay.frames import (
+    ANSWER,
+    OFFER,
     SEGMENT,
     Ack,
     Body,
@@ -45,8 +47,10 @@ from execenv.transports.websocket import PROBE_TIMEOUT
 
 logger = getLogger(__name__)
 
-MAX_EARLY_MESSAGES = 128
-"""Messages that may arrive before a stream is served (relay.md §4.7)."""
+MAX_HELD = 128
+"""Messages that may arrive before they can be taken (relay.md §4.7)."""
+MAX_HELD_BYTES = DEFAULT_MAX_MESSAGE
+"""One more is held when there are fewer."""
 
 CLOSED = "closed"
 """Why a stream is reset that has come to its end."""
@@ -188,7 +192,9 @@ class RelayStream(Channel):
         self._size_now = 0  # of that message
         self._behind: list[tuple[bytes, ...]] | None = None  # messages that wait for the end of one in parts
         self._receive: Callable[[bytes], None] | None = None
-        self._early: list[bytes] = []
+        # What can't be taken yet: nobody serves the stream so far, or answers lie there and are not taken.
+        self._held: deque[bytes] = deque()
+        self._held_bytes = 0
         self._ending = False
         self._close_by = math.inf
         self._said_goodbye = False
@@ -294,7 +300,7 @@ class RelayStream(Channel):
     def _next_payload(self) -> tuple[bytes, int, int] | None:
         while True:
             if self._payloads is None:
-                if not self._outgoing:
+                if not self._outgoing or self._must_wait():
                     return None
                 parts = self._outgoing.popleft()
                 self._size_now = sum(map(len, parts))
@@ -306,11 +312,17 @@ class RelayStream(Channel):
             if self._ending and not self._outgoing:
                 self._wakeup.set()
 
+    def _must_wait(self) -> bool:
+        """Whether the next message is not to be begun yet; who says so calls `_send_more` later."""
+        return False
+
     def _cut(self, parts: tuple[bytes, ...]) -> Iterator[tuple[bytes, int, int]]:
         if self._cipher is not None:
             for payload in self._cipher.seal(parts):
                 yield payload, 0, 1
             return
+        if self._encrypts:  # whatever has opened the stream before its handshake was done
+            raise StreamBroken("a message would have gone out in clear text")
         message = b"".join(parts)
         if not self._segments or len(message) <= SEGMENT:
             yield message, 0, 1
@@ -382,29 +394,40 @@ class RelayStream(Channel):
     def _deliver(self, message: bytes) -> None:
         if self._closed or self._ending:
             return
-        if self._receive is not None:
+        if self._receive is not None and not self._held and self.queued <= ANSWER_LIMIT:
             self._receive(message)
-            if self.queued > ANSWER_LIMIT:
-                raise StreamBroken("the other end asks and asks, and takes no answer")
             return
-        if len(self._early) >= MAX_EARLY_MESSAGES:
-            raise StreamBroken("too many messages came before the stream was served")
-        self._early.append(message)
+        if len(self._held) >= MAX_HELD or self._held_bytes > MAX_HELD_BYTES:
+            raise StreamBroken("the other end asks and asks, and takes no answer")
+        self._held.append(message)
+        self._held_bytes += len(message)
+
+    def _deliver_held(self, receive: Callable[[bytes], None]) -> None:
+        while self._held and self.queued <= ANSWER_LIMIT and not self._closed and not self._ending:
+            message = self._held.popleft()
+            self._held_bytes -= len(message)
+            receive(message)
+
+    def _sent(self, count: int) -> None:
+        super()._sent(count)
+        if self._held and self.queued <= ANSWER_LIMIT:
+            self._wakeup.set()
 
     def _resume(self, resume: Resume) -> None:
         if self._reliable is None or not resume.reliability:
             return
+        asked, self._asked = self._asked, False
+        if resume.reliability == ANSWER and not asked:
+            return
         self._reliable.resumed(resume.next_seq, trio.current_time())
-        if self._asked:
-            self._asked = False
-        else:
-            self._send_control(self._what_we_have())
+        if not asked:
+            self._send_control(self._what_we_have(ANSWER))
         self._open = True
         self._set_interrupted("")
 
-    def _what_we_have(self) -> Resume:
+    def _what_we_have(self, kind: int = OFFER) -> Resume:
         assert self._reliable is not None
-        return Resume(self._reliable.ack, reliability=1)
+        return Resume(self._reliable.ack, reliability=kind)
 
     def _ask(self) -> None:
         """Have the other end say what it has."""
@@ -435,6 +458,14 @@ class RelayStream(Channel):
             self.socket.forget(self)
             self.socket = None
 
+    def _interrupt(self, reason: str) -> None:
+        """The socket is gone, and there may be another one."""
+        self.detach()
+        self._open = False
+        self._asked = False
+        self._probe_until = math.inf
+        self._set_interrupted(reason)
+
     def _set_interrupted(self, reason: str) -> None:
         if bool(reason) != bool(self.interrupted):
             self.interrupted_at = trio.current_time()
@@ -447,11 +478,9 @@ class RelayStream(Channel):
 
     async def run(self, receive: Callable[[bytes], None]) -> None:
         self._receive = receive
-        early, self._early = self._early, []
         try:
-            for message in early:
-                receive(message)
             while not self._closed:
+                self._deliver_held(receive)
                 if self._ending and not (self._can_send and (self._outgoing or self._payloads)):
                     break
                 self._sleeps_until = self._deadline()
@@ -473,7 +502,7 @@ class RelayStream(Channel):
 
     def _deadline(self) -> float:
         deadline = min(self._probe_until, self._close_by)
-        if self._reliable is not None and self.socket is not None:
+        if self._reliable is not None and self._can_send:
             deadline = min(deadline, self._reliable.deadline)
         if self._window is not None:
             deadline = min(deadline, self._window.deadline)
@@ -486,7 +515,7 @@ class RelayStream(Channel):
             self.end(f"no sign of life within {PROBE_TIMEOUT:g} s")
         elif self._window is not None and self._window.deadline <= now:
             self._break("a frame was missing for too long")
-        elif self._reliable is not None and self.socket is not None and self._open:
+        elif self._reliable is not None and self._can_send:
             if self._reliable.ack_due(now):
                 self._send_control(Ack())
             if self._reliable.stalled(now):

@@ -105,16 +105,16 @@ class Gate:
             StoreUnavailable: if it cannot be known now.
         """
         record = await self._known(authorization)
-        if record is None:
-            raise self.failed(
-                caller,
-                Denied(
-                    401,
-                    "not_authenticated",
-                    "a bearer token of this relay is needed: execenv relay token create",
-                    {"www-authenticate": "Bearer"},
-                ),
-            )
+        if record is None or not tokens.is_current(record, self._clock()):
+            if record is not None:
+                problem = "this token has expired"
+            elif authorization is None:
+                problem = "a bearer token of this relay is needed"
+            else:
+                problem = "what was shown is no token of this relay, or was revoked"
+            challenge = {"www-authenticate": "Bearer"}
+            create = "execenv relay token create makes one"
+            raise self.failed(caller, Denied(401, "not_authenticated", f"{problem}: {create}", challenge))
         self.count(record.token_id, caller.environment)
         if record.role != caller.role:
             raise Denied(403, "wrong_role", f"this token has not the role {caller.role}")
@@ -139,15 +139,14 @@ class Gate:
         return _too_often(wait, "too_many_failures") if wait else denied
 
     async def _known(self, authorization: bytes | None) -> TokenRecord | None:
+        """The token that is shown, which may have expired: only who knows its secret is told that."""
         scheme, _, token = (authorization or b"").decode("latin-1").partition(" ")
         token = token.strip()
         token_id = tokens.token_id(token)
         if scheme.lower() != "bearer" or token_id is None:
             return None
         record = await self._store.token(token_id)
-        if record is None or not tokens.is_valid(record, token, self._clock()):
-            return None
-        return record
+        return record if record is not None and tokens.is_token_of(record, token) else None
 
 
 def _too_often(wait: float, code: str) -> Denied:
@@ -315,8 +314,12 @@ def check_profile(registration: RegistrationRecord, *, noise: bool, settings: Se
         raise Denied(403, "clear_text_refused", "this relay passes on nothing without Noise")
     if noise != (registration.security_profile is not None):
         theirs = registration.security_profile or CLEAR_PROFILE
+        ours = NOISE_PROFILE if noise else CLEAR_PROFILE
         raise Denied(
-            409, "security_profile_mismatch", f"the executor of this environment is registered for {theirs}"
+            409,
+            "security_profile_mismatch",
+            f"the executor of this environment is registered for {theirs}, and {ours} was asked for: "
+            "both ends have to ask for the same",
         )
 
 

@@ -10,8 +10,8 @@ import http
 import ipaddress
 import math
 import re
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from logging import getLogger
 
 import h11
@@ -24,13 +24,13 @@ from execenv.relay_service import audit
 from execenv.relay_service.api import ROLES, Clock, Denied, Gate, Registry, store_away
 from execenv.relay_service.audit import Caller
 from execenv.relay_service.exchange import Exchange, Offline
-from execenv.relay_service.limits import Entry, Table, TooMany
+from execenv.relay_service.limits import Buckets, Entry, Table, TooMany
 from execenv.relay_service.metrics import Metrics
 from execenv.relay_service.rendezvous import Admission, Rendezvous, too_many
 from execenv.relay_service.settings import Settings
 from execenv.relay_service.sockets import ExecutorSocket, HarnessSocket
 from execenv.relay_service.store import Store, StoreUnavailable
-from execenv.relay_service.tokens import is_current
+from execenv.relay_service.tokens import is_current, is_environment_id
 from execenv.transports import websocket
 from execenv.transports.http import MAX_HEAD, Head, not_an_upgrade, peer_address, read_head
 
@@ -90,6 +90,8 @@ class Node:
         self._registry = Registry(store, exchange, self._gate, settings, self._metrics, clock)
         self._rendezvous = Rendezvous(store, self._gate, settings, clock)
         self._pending = trio.CapacityLimiter(settings.max_pending)
+        self._silent: dict[trio.CancelScope, float] = {}  # whose request is not there yet, and since when
+        self._refusals = Buckets(settings.failure_rate, settings.failure_burst, settings.max_buckets)
         self._accepting = trio.CancelScope()
         self._to_look_up: list[Entry] = []
 
@@ -155,26 +157,49 @@ class Node:
             denied = Denied(503, "too_many_connections", "too many connections wait: try again")
             await self._refuse(stream, "POST", denied, Caller(peer_address(stream)))
             return
+        if not self._pending.available_tokens:
+            self._hurry_a_silent_one()
         with trio.CancelScope() as scope:
             async with self._pending:
                 scope.deadline = trio.current_time() + self._settings.handshake_deadline
-                head = await read_head(stream)
+                with self._listening(scope):
+                    head = await read_head(stream)
                 if head is None:
                     await stream.send_all(Response(400).encoded("GET"))
                     return
                 caller = Caller(peer_address(stream), audit.request_id(head.headers.get("x-request-id")))
                 found = _RENDEZVOUS.fullmatch(head.path)
                 if found is None or "origin" in head.headers:
-                    await self._answer(stream, head, caller)
+                    await self._answer(stream, head, caller, scope)
                     return
                 caller = evolve(caller, environment=found[1])
                 admission, caller = await self._admit(stream, head, caller)
             if admission is not None:
                 await self._serve_socket(stream, head, admission, caller, scope)
 
+    @contextmanager
+    def _listening(self, scope: trio.CancelScope) -> Iterator[None]:
+        """While a client still has to say what it wants."""
+        deadline = scope.deadline
+        self._silent[scope] = trio.current_time()
+        try:
+            yield
+        finally:
+            self._silent.pop(scope, None)
+            scope.deadline = deadline
+
+    def _hurry_a_silent_one(self) -> None:
+        """Somebody waits for a place: who has one and says nothing has it for `max_silence` from then on.
+        Otherwise some hundred connections per second, which cost nothing, would keep out everybody."""
+        scope = next(iter(self._silent), None)
+        if scope is not None:
+            scope.deadline = min(scope.deadline, self._silent.pop(scope) + self._settings.max_silence)
+
     # Requests.
 
-    async def _answer(self, stream: trio.SocketStream, head: Head, caller: Caller) -> None:
+    async def _answer(
+        self, stream: trio.SocketStream, head: Head, caller: Caller, scope: trio.CancelScope
+    ) -> None:
         found = _REGISTRY.fullmatch(head.path)
         try:
             if "origin" in head.headers:
@@ -190,7 +215,8 @@ class Node:
                 raise Denied(404, "not_found", "there is nothing here")
             _check_method(head, "POST")
             caller = evolve(caller, environment=found[1], role=ROLES[found[2]])
-            body = await read_body(stream, head, self._settings.max_body)
+            with self._listening(scope):
+                body = await read_body(stream, head, self._settings.max_body)
         except Denied as denied:
             await self._refuse(stream, head.method, denied, caller)
             return
@@ -237,7 +263,10 @@ class Node:
 
     def _note_refusal(self, caller: Caller, status: int, code: str) -> None:
         self._metrics.refusals[code] += 1
-        if caller.environment and code != "too_many_failures":  # who only tries does not fill the log
+        # Who only tries does not fill the log, neither with lines nor with what he calls an environment.
+        if not is_environment_id(caller.environment) or code == "too_many_failures":
+            return
+        if caller.token_id or not self._refusals.take(caller.address.rpartition(":")[0], self._clock()):
             audit.write("refusal", caller, now=self._clock(), status=status, reason=code)
 
     # Websockets.

@@ -22,6 +22,7 @@ class Settings:
         max_pending: connections that have not said yet what they want, and are listened to.
         max_waiting: connections that are not listened to yet. Refused is who comes then: a released executor
             whose registration is refused ends, so it had better wait.
+        max_silence: seconds for a client to say what it wants, while others wait.
         max_body: of a request.
         max_sockets: websockets of this node.
         max_environment_harnesses, max_token_harnesses: harness sockets of this node for one environment, and
@@ -50,6 +51,7 @@ class Settings:
     handshake_deadline: float = 10.0
     max_pending: int = 1024
     max_waiting: int = 8192
+    max_silence: float = 1.0
     max_body: int = 32 * 1024
     max_sockets: int = 20_000
     max_environment_harnesses: int = 128

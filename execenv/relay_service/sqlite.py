@@ -29,6 +29,9 @@ T = TypeVar("T")
 BUSY = 5.0
 """Seconds that a call waits for another process to finish its own."""
 
+MOST_SUPERSEDED = 100
+"""Keys of an environment that are refused, so that who registers with new ones all day fills no disk."""
+
 _APPLICATION = 0x45584543
 _VERSION = 1
 
@@ -58,7 +61,7 @@ async def open_sqlite(path: str, *, durable: bool = True) -> AsyncIterator[Store
     """The store in a file, which is made if it is missing, and its folder with it: for this user only.
 
     Args:
-        durable: whether what was written outlives a loss of power, as a token that was made or revoked should.
+        durable: whether what was written outlives a loss of power, as a token made or revoked should.
             A relay does without: its registrations and nonces are soon made again or over, and waiting for
             the disk three times would bound how many harnesses can come in a second.
 
@@ -147,6 +150,11 @@ class _SqliteStore(Store):
                 """INSERT OR REPLACE INTO superseded SELECT environment_id, executor_key, ? FROM registrations
                     WHERE environment_id = ? AND executor_key NOT IN ('', ?)""",
                 (now, environment_id, key),
+            )
+            database.execute(
+                """DELETE FROM superseded WHERE environment_id = ? AND rowid NOT IN
+                    (SELECT rowid FROM superseded WHERE environment_id = ? ORDER BY since DESC LIMIT ?)""",
+                (environment_id, environment_id, MOST_SUPERSEDED),
             )
             database.execute(
                 "INSERT OR REPLACE INTO registrations VALUES (?, ?, ?, ?, ?, ?)", astuple(registration)
@@ -239,7 +247,8 @@ def _open(path: str, durable: bool) -> sqlite3.Connection:
     if mode & 0o077:
         raise UsageError(f"others may read {path}, which holds secrets: chmod 600 it first")
     with _errors(path):
-        database = sqlite3.connect(path, timeout=BUSY, isolation_level=None, check_same_thread=False)
+        file = os.path.abspath(path)  # as it was checked; `:memory:` would be none
+        database = sqlite3.connect(file, timeout=BUSY, isolation_level=None, check_same_thread=False)
         try:
             _prepare(path, database, durable)
         except BaseException:

@@ -38,12 +38,13 @@ def token_id(token: str) -> str | None:
     return found[1] if found else None
 
 
-def is_valid(record: TokenRecord, token: str, now: float) -> bool:
-    """Whether this is the token of a record, and has not expired. Compares in constant time."""
-    return hmac.compare_digest(digest(token), record.digest) and is_current(record, now)
+def is_token_of(record: TokenRecord, token: str) -> bool:
+    """Whether this is the token of a record. Compares in constant time."""
+    return hmac.compare_digest(digest(token), record.digest)
 
 
 def is_current(record: TokenRecord, now: float) -> bool:
+    """Whether it has not expired."""
     return record.expires is None or now < record.expires
 
 

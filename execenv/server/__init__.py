@@ -12,7 +12,7 @@ from logging import getLogger
 
 import trio
 
-from execenv._service import service
+from execenv._service import open_nursery, service
 from execenv.local import open_guard, open_local
 from execenv.local.output_log import RETAINED_BYTES
 from execenv.server.auth import Authenticator
@@ -156,7 +156,7 @@ async def serve_stdio(
 async def run_until_signalled(serve: Callable[[], Awaitable[None]]) -> None:
     """Run `serve` until it returns, or SIGTERM or SIGINT asks for the end, which is a success."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async with trio.open_nursery() as nursery:
+        async with open_nursery() as nursery:
 
             async def watch() -> None:
                 async for _ in signals:

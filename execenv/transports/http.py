@@ -84,7 +84,7 @@ _METHOD_START = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+( |$)")
 def _target(target: bytes) -> tuple[str, str]:
     """Path and query of a request target, which may be an absolute URL (RFC 9112, section 3.2.2)."""
     text = target.decode("latin-1")
-    if "://" in text.partition("?")[0]:
+    if not text.startswith("/") and "://" in text.partition("?")[0]:
         text = "/" + text.partition("://")[2].partition("/")[2]
     path, _, query = text.partition("?")
     return path, query

@@ -240,9 +240,17 @@ class NoiseEnvironment:
     token: str
 
 
+@frozen
+class BearerEnvironment:
+    """A websocket URL, and the token that codex sends there; only its environments.toml can name one."""
+
+    url: str
+    token: str
+
+
 async def run_codex(
     codex: Path,
-    exec_server: str | StdioServer | NoiseEnvironment,
+    exec_server: str | StdioServer | NoiseEnvironment | BearerEnvironment,
     turns: Iterable[Turn],
     *,
     cwd: Path,
@@ -254,10 +262,10 @@ async def run_codex(
     """Run `codex exec` in `cwd` with a model that follows `turns` and the tools on `exec_server`.
 
     **Output** is captured. **Error checking**: none, a codex that fails has a `returncode` and a `stderr`.
-    **Cancellation** kills codex and everything it has started. `exec_server` is a websocket URL, a program,
-    or an environment of a registry; `home` gets codex's home and temporary folders, new ones; `mark` is put
-    on codex and on what it starts; `extra_config` is added to the end of config.toml, and `permissions` to
-    the command line.
+    **Cancellation** kills codex and everything it has started. `exec_server` is a websocket URL, with or
+    without a token, a program, or an environment of a registry; `home` gets codex's home and temporary
+    folders, new ones; `mark` is put on codex and on what it starts; `extra_config` is added to the end of
+    config.toml, and `permissions` to the command line.
     """
     async with serve_responses(turns) as model:
         env = _environment(home) | mark.env
@@ -268,8 +276,14 @@ async def run_codex(
             env["CODEX_EXEC_SERVER_NOISE_REGISTRY_URL"] = exec_server.registry_url
             env["CODEX_EXEC_SERVER_NOISE_ENVIRONMENT_ID"] = exec_server.environment_id
             env["CODEX_EXEC_SERVER_NOISE_AUTH_TOKEN"] = exec_server.token
+        elif isinstance(exec_server, BearerEnvironment):
+            url, token = _toml(exec_server.url), _toml(exec_server.token)
+            # without the flag, codex works here when it cannot reach the box
+            _write_environments(
+                Path(env["CODEX_HOME"]), f"url = {url}", f"auth_bearer_token = {token}", include_local=False
+            )
         else:
-            _write_environments(Path(env["CODEX_HOME"]), exec_server)
+            _write_environments(Path(env["CODEX_HOME"]), *_program(exec_server))
         argv = [str(codex), "exec", "--skip-git-repo-check", *permissions]
         argv += ["--strict-config", "--ephemeral", "--color", "never", "Do what the script says."]
         done = await trio.run_process(
@@ -304,19 +318,24 @@ async def real_exec_server(codex: Path, home: Path, env: Mapping[str, str]) -> A
 
 @asynccontextmanager
 async def real_executor(
-    codex: Path, home: Path, registry_url: str, environment_id: str
+    codex: Path,
+    home: Path,
+    registry_url: str,
+    environment_id: str,
+    api_key: str = "sk-test",
+    env: Mapping[str, str] | None = None,
 ) -> AsyncIterator[ProcessMark]:
-    """Run codex's own exec-server as the executor of an environment, with `sk-test` for its API key.
+    """Run codex's own exec-server as the executor of an environment; `env` is added to its environment.
 
     It is killed with all that it has started when the block is left. Its standard error is in
     `home`/executor.log.
     """
     mark = ProcessMark()
     argv = [str(codex), "exec-server", "--remote", registry_url, "--environment-id", environment_id]
-    env = {**_environment(home), **mark.env, "CODEX_API_KEY": "sk-test"}
+    own = {**_environment(home), **mark.env, **(env or {}), "CODEX_API_KEY": api_key}
     with (home / "executor.log").open("wb") as stderr:
         process = await trio.lowlevel.open_process(
-            argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr
+            argv, env=own, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr
         )
     try:
         yield mark
@@ -429,20 +448,22 @@ def _write_config(codex_home: Path, model_url: str, extra: str) -> None:
     (codex_home / "config.toml").write_text(_CONFIG.format(url=model_url) + "\n" + extra)
 
 
-def _write_environments(codex_home: Path, server: StdioServer) -> None:
+def _write_environments(codex_home: Path, *box: str, include_local: bool = True) -> None:
+    top = ['default = "box"', f"include_local = {_toml(include_local)}"]
+    lines = [*top, "[[environments]]", 'id = "box"', *box]
+    (codex_home / "environments.toml").write_text("\n".join(lines))
+
+
+def _program(server: StdioServer) -> list[str]:
     program, *args = server.argv
     env = ", ".join(f"{_toml(name)} = {_toml(value)}" for name, value in server.env.items())
-    lines = [
-        'default = "box"',
-        "[[environments]]",
-        'id = "box"',
+    return [
         f"program = {_toml(program)}",
         f"args = [{', '.join(map(_toml, args))}]",
         f"env = {{ {env} }}",
     ]
-    (codex_home / "environments.toml").write_text("\n".join(lines))
 
 
-def _toml(text: str) -> str:
-    """A TOML basic string: JSON's is one too, as long as it needs no surrogate pairs."""
-    return json.dumps(text, ensure_ascii=False)
+def _toml(value: str | bool) -> str:
+    """A TOML boolean or basic string: JSON's are such too, as long as no surrogate pairs are needed."""
+    return json.dumps(value, ensure_ascii=False)

@@ -31,19 +31,18 @@ from execenv.relay.noise import (
 )
 from execenv.server import open_local_sessions
 from execenv.server.listen import serve_channel
-from execenv.transports.http import Refusal
 from execenv.transports.memory import memory_pair
-from tests.interop.codex import ExecResult, NoiseEnvironment, ProcessMark, real_executor, run_codex
-from tests.interop.conftest import exec_command
-from tests.relay_fakes import (
+from tests.fake_relay import (
     Answer,
+    Asked,
     FakeRegistry,
     FakeRendezvous,
-    RegistryRequest,
     RelaySocket,
     open_fake_registry,
     open_fake_rendezvous,
 )
+from tests.interop.codex import ExecResult, NoiseEnvironment, ProcessMark, real_executor, run_codex
+from tests.interop.conftest import exec_command
 
 pytestmark = pytest.mark.interop
 
@@ -67,11 +66,11 @@ class Executor:
     registry: FakeRegistry
     rendezvous: FakeRendezvous
     socket: RelaySocket
-    request: RegistryRequest
+    request: Asked
 
     @property
     def key(self) -> PublicKey:
-        return PublicKey.from_json(self.request.body["executor_public_key"])
+        return PublicKey.from_json(self.request.json["executor_public_key"])
 
     async def harness(self) -> Harness:
         """One that has shaken hands."""
@@ -161,15 +160,11 @@ async def executor(codex: Path, tmp_path: Path) -> AsyncIterator[Executor]:
 
 @asynccontextmanager
 async def _open_executor(codex: Path, home: Path) -> AsyncIterator[Executor]:
-    async with open_fake_rendezvous() as rendezvous:
-        answers = {
-            "register": Answer(body={**REGISTERED, "url": rendezvous.url + "?role=executor&sig=1"}),
-            "validate": Answer(body={"valid": True}),
-        }
-        async with (
-            open_fake_registry(answers) as registry,
-            real_executor(codex, home, registry.url, "env-1"),
-        ):
+    async with open_fake_rendezvous() as rendezvous, open_fake_registry() as registry:
+        url = rendezvous.base + "/rendezvous?role=executor&sig=1"
+        registry.answer("register", Answer({**REGISTERED, "url": url}))
+        registry.answer("validate", Answer({"valid": True}))
+        async with real_executor(codex, home, registry.url, "env-1"):
             with trio.fail_after(30):
                 request = await registry.request("register")
                 socket = await rendezvous.accept()
@@ -182,10 +177,10 @@ async def test_executor_talks_with_us_from_the_registration_to_a_large_file(
     content = bytes(range(250)) * 800
     (tmp_path / "large").write_bytes(content)
     with trio.fail_after(30):
-        assert executor.request.method == "POST"
-        assert executor.request.path == "/cloud/environment/env-1/register"
-        assert executor.request.headers["authorization"] == "Bearer sk-test"
-        assert executor.request.body == {
+        assert executor.request.head.method == "POST"
+        assert executor.request.head.path == "/cloud/environment/env-1/register"
+        assert executor.request.header("authorization") == "Bearer sk-test"
+        assert executor.request.json == {
             "security_profile": "noise_hybrid_ik_v1",
             "executor_public_key": executor.key.to_json(),
         }
@@ -196,8 +191,8 @@ async def test_executor_talks_with_us_from_the_registration_to_a_large_file(
 
         harness = await executor.harness()
         asked = await executor.registry.request("validate")
-        assert asked.headers["x-codex-noise-stream-id"] == harness.stream_id
-        assert asked.body == {
+        assert asked.header("x-codex-noise-stream-id") == harness.stream_id
+        assert asked.json == {
             "executor_registration_id": "reg-1",
             "harness_public_key": harness.identity.public.to_json(),
             "harness_key_authorization": AUTHORIZATION,
@@ -259,11 +254,11 @@ async def test_executor_refuses_who_is_wrong_and_stays_with_the_others(executor:
         ):
             wrong.shake()
             assert await wrong.receive() == RESET
-        executor.registry.answers["validate"] = Answer(body={"valid": False})
+        executor.registry.answer("validate", Answer({"valid": False}))
         refused = Harness(executor)
         refused.shake()
         assert await refused.receive() == RESET
-        assert (await executor.registry.request("validate")).body[
+        assert (await executor.registry.request("validate")).json[
             "harness_key_authorization"
         ] == AUTHORIZATION
 
@@ -274,7 +269,7 @@ async def test_executor_refuses_who_is_wrong_and_stays_with_the_others(executor:
         executor.socket.send_text()
         executor.socket.send_raw(b"garbage")
         assert (await good.call("environment/info"))["cwd"]
-        assert len(executor.registry.requests) == 3  # register, and validate twice
+        assert len(executor.registry.asked) == 3  # register, and validate twice
 
 
 async def test_record_that_is_not_ours_ends_its_stream_alone(executor: Executor) -> None:
@@ -295,17 +290,17 @@ async def test_longest_authorization_is_taken(executor: Executor) -> None:
         harness.shake()
         await harness.finish()
         asked = await executor.registry.request("validate")
-        assert asked.body["harness_key_authorization"] == "é" * 2048
+        assert asked.json["harness_key_authorization"] == "é" * 2048
 
 
 async def test_executor_registers_again_when_the_rendezvous_does_not_know_it(executor: Executor) -> None:
     with trio.fail_after(30):
-        executor.rendezvous.refusals.append(Refusal(404))
+        executor.rendezvous.plan = [404, 101]
         executor.socket.close()
         again = await executor.registry.request("register")
-        assert again.body == executor.request.body  # with the same keys
+        assert again.json == executor.request.json  # with the same keys
         socket = await executor.rendezvous.accept()
-        assert len(executor.rendezvous.refused) == 1
+        assert len(executor.rendezvous.heads) == 3  # the second was refused
         harness = await Executor(executor.registry, executor.rendezvous, socket, again).harness()
         await harness.initialize()
 
@@ -349,17 +344,22 @@ async def _serve_harness(socket: RelaySocket, identity: Identity, seen: list[Bod
             nursery.cancel_scope.cancel()
 
 
-async def test_released_harness_works_behind_our_responder(codex: Path, tmp_path: Path) -> None:
+async def test_released_harness_works_behind_our_responder(
+    codex: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Codex asks for a login shell, and a profile of this machine may take its time.
+    monkeypatch.setenv("HOME", str(tmp_path))
     identity = Identity.generate()
     seen: list[Body] = []
     async with open_fake_rendezvous() as rendezvous:
         bundle = {
             **REGISTERED,
-            "url": rendezvous.url + "?role=harness&sig=1",
+            "url": rendezvous.base + "/rendezvous?role=harness&sig=1",
             "executor_public_key": identity.public.to_json(),
             "harness_key_authorization": AUTHORIZATION,
         }
-        async with open_fake_registry({"connect": Answer(body=bundle)}) as registry:
+        async with open_fake_registry() as registry:
+            registry.answer("connect", Answer(bundle))
             with trio.fail_after(60):
                 async with trio.open_nursery() as nursery:
 
@@ -380,8 +380,8 @@ async def test_released_harness_works_behind_our_responder(codex: Path, tmp_path
     (result,) = map(ExecResult.parse, run.tool_outputs)
     assert (result.exit_code, result.tokens) == (0, (300_004 + 3) // 4)
     assert "one\nx" in result.output
-    (asked,) = registry.requests
-    assert asked.headers["authorization"] == "Bearer a token"
-    assert list(asked.body) == ["harness_public_key"]
+    (asked,) = registry.asked
+    assert asked.header("authorization") == "Bearer a token"
+    assert list(asked.json) == ["harness_public_key"]
     assert [type(body) for body in seen[:2]] == [Resume, Handshake]
     assert [body.seq for body in seen[2:] if isinstance(body, Data)] == list(range(len(seen) - 2))

@@ -1,4 +1,5 @@
-"""The contract over a released codex's own exec-server: what our client promises, whoever serves.
+"""The contract over a released codex's own exec-server, by a websocket and by our relay: what our client
+promises, whoever serves.
 
 `DIFFERENCES` says what is not so there, and why.
 """
@@ -6,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -14,6 +16,7 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from execenv import Environment, open_environment
+from execenv.targets import RelayTarget
 from tests.conftest import ANY_PORT, SERVER_VARIABLES, run_websocket_server, time_limit
 from tests.contract import (
     test_detached,
@@ -28,6 +31,7 @@ from tests.contract import (
     test_variables,
 )
 from tests.interop.codex import ProcessMark, require_codex
+from tests.relay_processes import BOX, run_relay, wait_for_executor
 from tests.test_cuts import CUTS, Body, check_restart, open_cuttable
 
 pytestmark = pytest.mark.interop
@@ -118,14 +122,32 @@ def run_reference(home: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
+def relayed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RelayTarget]:
+    """A reference behind our relay, encrypted."""
+    codex, mark, home = require_codex(), ProcessMark(), str(tmp_path_factory.mktemp("codex"))
+    with run_relay(tmp_path_factory.mktemp("relay"), proxied=False) as relay:
+        env = {"PATH": os.environ["PATH"], "HOME": home, "CODEX_HOME": home, **SERVER_VARIABLES, **mark.env}
+        env["CODEX_API_KEY"] = relay.executor_token
+        argv = [str(codex), "exec-server", "--remote", relay.url, "--environment-id", BOX]
+        with subprocess.Popen(argv, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+            try:
+                wait_for_executor(relay)
+                yield RelayTarget(relay.url, BOX, relay.harness_token)
+            finally:
+                mark.kill()
+                process.wait()
+
+
+@pytest.fixture(scope="module")
 def reference_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with run_reference(str(tmp_path_factory.mktemp("codex"))) as url:
         yield url
 
 
-@pytest.fixture
-async def environment(reference_url: str) -> AsyncIterator[Environment]:
-    async with time_limit(), open_environment(reference_url) as environment:
+@pytest.fixture(params=["websocket", "relay"])
+async def environment(request: pytest.FixtureRequest) -> AsyncIterator[Environment]:
+    target = request.getfixturevalue("reference_url" if request.param == "websocket" else "relayed")
+    async with time_limit(), open_environment(target) as environment:
         yield environment
 
 

@@ -143,20 +143,23 @@ async def test_who_shows_no_valid_token_is_asked_for_one(api: Asked, operation: 
     revoked = await new_token(api.store, role)
     assert await api.store.revoke_token(revoked.split("_")[1])
     wrong_secret = good[:-1] + ("A" if good[-1] != "A" else "B")
-    for token in (
-        None,
-        "",
-        "sk-123",
-        wrong_secret,
-        good + "x",
-        expired,
-        revoked,
-        f"exr_{'0' * 16}_{'0' * 43}",
+    unknown = "what was shown is no token of this relay, or was revoked"
+    for token, told in (
+        (None, "a bearer token of this relay is needed"),
+        ("", unknown),
+        ("sk-123", unknown),
+        (wrong_secret, unknown),
+        (good + "x", unknown),
+        (expired, "this token has expired"),
+        (expired[:-1] + ("A" if expired[-1] != "A" else "B"), unknown),
+        (revoked, unknown),
+        (f"exr_{'0' * 16}_{'0' * 43}", unknown),
     ):
         answer = await api.ask(operation, token, {})
         assert refused(answer, 401, "not_authenticated")
+        assert answer.body["error"]["message"] == f"{told}: execenv relay token create makes one"
         assert answer.headers == {"www-authenticate": "Bearer"}
-    assert api.metrics.authentications_failed == 8
+    assert api.metrics.authentications_failed == 9
     assert (await api.ask(operation, good, {})).status != 401
 
 
@@ -346,8 +349,14 @@ async def test_harness_and_executor_must_want_the_same_profile(api: Asked) -> No
     await api.connected(new_key(), "noise")
     token = await new_token(api.store, "harness", "*")
     body = {"harness_public_key": new_key().to_json()}
-    assert refused(await api.ask("connect", token, body, "clear"), 409, "security_profile_mismatch")
-    assert refused(await api.ask("connect", token, {}, "noise"), 409, "security_profile_mismatch")
+    clear, noise = "clear_relay_v1", "noise_hybrid_ik_v1"
+    for asked, environment_id, theirs, ours in ((body, "clear", clear, noise), ({}, "noise", noise, clear)):
+        answer = await api.ask("connect", token, asked, environment_id)
+        assert refused(answer, 409, "security_profile_mismatch")
+        assert answer.body["error"]["message"] == (
+            f"the executor of this environment is registered for {theirs}, and {ours} was asked for: "
+            "both ends have to ask for the same"
+        )
 
 
 async def test_environment_without_an_executor_is_offline(api: Asked) -> None:

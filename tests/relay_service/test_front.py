@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -56,6 +58,8 @@ def resident() -> int:
         ("GET /rendezvous", 404),
         ("GET /rendezvous/", 400),
         ("GET /rendezvous/a/b", 404),
+        ("GET http://relay/readyz", 200),
+        ("GET /public://relay/metrics", 404),
         ("GET /rendezvous/box", 403),
         (f"GET {REGISTER}", 405),
         ("POST /cloud/environment/box/direct/register", 404),
@@ -275,6 +279,59 @@ async def test_connections_that_say_nothing_are_as_many_as_they_may_be(tmp_path:
                 harness.send("s", Resume())
                 assert await executor.receive() == Frame("s", Resume())
         assert answers == [503, 200]  # the second one when the three were cut
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"GET / HTTP/1.1\r\n", head("POST", REGISTER, {"content-length": "9"})]
+)
+async def test_connections_that_say_nothing_are_cut_while_others_wait(tmp_path: Path, said: bytes) -> None:
+    limits: dict[str, Any] = {"max_pending": 3, "handshake_deadline": 60, "max_silence": 0.1}
+    async with open_relay(tmp_path, **limits) as relay, AsyncExitStack() as stack:
+        silent = []
+        for _ in range(3):
+            stream = await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", relay.port))
+            await stream.send_all(said)
+            silent.append(stream)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert (await relay.get("/readyz")).status == 200
+        assert await silent[0].receive_some() == b""
+
+
+@pytest.mark.parametrize(
+    ("line", "headers"),
+    [
+        ("DELETE /rendezvous/box", {}),
+        (f"POST {REGISTER}", {"content-length": "99999"}),
+        (f"POST /cloud/environment/{'x' * 50_000}/register", {}),
+        (f"GET /rendezvous/{'x' * 50_000}", {}),
+    ],
+)
+async def test_who_has_no_token_does_not_fill_the_log(
+    relay: Relay, caplog: pytest.LogCaptureFixture, line: str, headers: dict[str, str]
+) -> None:
+    caplog.set_level("INFO", "execenv.relay.audit")
+    method, target = line.split()
+    for _ in range(30):
+        await ask(relay.port, head(method, target, headers))
+    assert len(caplog.messages) <= 20
+    assert sum(map(len, caplog.messages)) < 10_000
+
+
+async def test_harness_that_reads_no_refusals_costs_no_memory(tmp_path: Path) -> None:
+    async with open_relay(tmp_path, max_harness_streams=1) as relay:
+        await relay.executor()
+        url = (await relay.bundle(await new_token(relay.store, "harness")))["url"]
+        frame = frames.encode(Frame("x" * 100, Resume()))
+        flood = b"".join(
+            bytes([0x82, 0x80 | len(data)]) + bytes(4) + data
+            for data in (frames.encode(Frame("one", Resume())), *[frame] * 50_000)
+        )
+        async with await trio.open_tcp_stream("127.0.0.1", relay.port) as stream:
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            await stream.send_all(head("GET", url.partition(str(relay.port))[2], UPGRADE))
+            await stream.send_all(flood)
+            await relay.wait_metric('frames_dropped_total{reason="foreign"}', 50_000)
+            assert (await relay.metrics())["queue_bytes"] < 1024 * 1024
 
 
 async def test_garbage_at_speed_costs_no_memory_and_no_socket(relay: Relay) -> None:

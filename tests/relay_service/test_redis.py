@@ -740,3 +740,25 @@ async def test_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UsageError, match=r"pip install 'execenv\[redis\]'"):
         async with open_redis_store("redis://localhost"):
             raise AssertionError("opened")
+
+
+@pytest.mark.parametrize("data", ["x", "x" * 17, "x" * 100])
+async def test_entry_that_makes_no_sense_ends_no_node(own_redis: RedisServer, data: str) -> None:
+    with trio.fail_after(LIMIT):
+        async with open_pair(own_redis) as pair:
+            for node in pair.nodes:
+                own_redis.ask("XADD", f"execenv:node:{node.address}:inbox", "*", "d", data)
+            pair.link.send(b"to the executor")
+            assert await pair.there.wait_frames(1) == [b"to the executor"]
+            pair.executor.links[0].send(b"and back")
+            assert await pair.back.wait_frames(1) == [b"and back"]
+
+
+async def test_link_ends_if_what_its_node_sends_makes_no_sense(own_redis: RedisServer) -> None:
+    with trio.fail_after(LIMIT):
+        async with open_pair(own_redis) as pair:
+            first, other = pair.nodes
+            peer = other._peers[first.address]
+            peer.put(b"\x7f" * 13)  # of a kind that does not exist
+            assert await pair.there.wait_closed()
+            assert await pair.back.wait_closed()

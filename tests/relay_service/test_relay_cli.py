@@ -281,6 +281,45 @@ def test_mistakes_are_said_in_one_line(tmp_path: Path, words: list[str], said: s
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("execenv: ")
+    assert "internal error" not in done.stderr
+
+
+def test_redis_that_is_not_there_is_said_and_is_no_internal_error(tmp_path: Path) -> None:
+    pytest.importorskip("coredis")
+    url_file = tmp_path / "redis-url"
+    url_file.write_text("redis://127.0.0.1:1\n")
+    for words in (["serve"], ["token", "list"]):
+        done = run(*words, "--redis-url-file", str(url_file))
+        assert (done.returncode, done.stdout) == (1, "")
+        last = done.stderr.splitlines()[-1]
+        assert last == "execenv: the store of the relay cannot be used: Redis: it cannot be reached"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["serve"],
+        ["token", "create", "--environment", "box", "--role", "harness"],
+        ["token", "list"],
+        ["token", "revoke", "0123456789abcdef"],
+    ],
+    ids=" ".join,
+)
+def test_every_command_without_protobuf_names_the_extra(words: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['google.protobuf.runtime_version'] = None; sys.modules['google'] = None;"
+        "from execenv.cli import main; main(sys.argv[1:])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "relay", *words, "--store", str(tmp_path / "relay.sqlite3")],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith("protobuf is not installed, or too old: pip install 'execenv[relay]'\n")
+    assert "internal error" not in done.stderr
 
 
 def test_help_says_what_there_is() -> None:

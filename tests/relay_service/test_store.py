@@ -327,3 +327,26 @@ async def test_path_that_cannot_be_opened_is_unavailable(tmp_path: Path) -> None
     with pytest.raises(StoreUnavailable, match="Is a directory"):
         async with open_sqlite(str(tmp_path)):
             raise AssertionError("opened")
+
+
+async def test_keys_that_were_superseded_are_not_kept_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "relay.sqlite3"
+    async with open_sqlite(str(path)) as store:
+        for number in range(sqlite_store.MOST_SUPERSEDED + 10):
+            key = f'{{"key":"{number}"}}'
+            assert await store.register(evolve(REGISTRATION, executor_key=key, created=NOW + number))
+        assert not await store.register(
+            evolve(REGISTRATION, executor_key=f'{{"key":"{number - 1}"}}', created=NOW)
+        )
+        database = sqlite3.connect(path)
+        (count,) = database.execute("SELECT count(*) FROM superseded").fetchone()
+        database.close()
+    assert count == sqlite_store.MOST_SUPERSEDED
+
+
+async def test_file_is_a_file_whatever_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    async with open_sqlite(":memory:") as store:
+        await store.add_token(TOKEN)
+    async with open_sqlite(":memory:") as store:
+        assert await store.token("t1") == TOKEN
