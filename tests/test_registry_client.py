@@ -633,26 +633,6 @@ async def test_connection_that_the_registry_has_closed_since_is_not_used_again()
     assert len(fake.asked) == 3
 
 
-async def test_certificates_are_read_only_for_https(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing else runs meanwhile, for 20 ms and more."""
-    read: list[str] = []
-    make = ssl.create_default_context
-
-    def count() -> ssl.SSLContext:
-        read.append("certificates")
-        return make()
-
-    monkeypatch.setattr(ssl, "create_default_context", count)
-    with trio.fail_after(20):
-        async with open_fake_registry() as fake:
-            fake.answer("register", registered())
-            async with open_registry(fake.url, headers=bearer()) as registry:
-                await registry.register(ID, KEY)
-            assert not read
-            async with open_registry("https://127.0.0.1", headers=bearer()):
-                assert read
-
-
 async def test_requests_go_side_by_side(client: Client, autojump_clock: MockClock) -> None:
     fake, registry = client
     fake.answer("validate", Answer({"valid": True}, delay=5))
