@@ -19,7 +19,8 @@ from execenv.relay.frames import Ack, Data, Frame, Handshake, Reset, Resume
 from execenv.relay.harness import BURST, BURST_PAUSE, HarnessStream
 from execenv.relay.keys import PublicKey
 from execenv.relay.noise import Identity, NoiseFailed
-from execenv.transports.channel import Channel
+from execenv.relay.reliable import STALL
+from execenv.transports.channel import DEFAULT_MAX_MESSAGE, Channel, MessageTooLong
 from tests.relay_pair import Pair, open_pair
 
 NOISE = pytest.mark.parametrize("noise", [False, True], ids=["clear", "noise"])
@@ -338,17 +339,50 @@ async def test_unauthorized_harness_is_reset(autojump_clock: MockClock) -> None:
 
 
 @NOISE
-async def test_message_over_64_mib_is_refused_only_where_noise_has_that_limit(
+async def test_message_over_64_mib_goes_in_segments_or_not_at_all(
     autojump_clock: MockClock, noise: bool
 ) -> None:
-    from execenv.transports.channel import DEFAULT_MAX_MESSAGE, MessageTooLong
+    long = DEFAULT_MAX_MESSAGE + 1
+    got: list[int] = []
 
-    async with open_pair(echo, noise=noise) as pair, open_client(pair) as client:
-        if noise:
-            with pytest.raises(MessageTooLong):
-                client.stream.send_nowait(bytes(DEFAULT_MAX_MESSAGE + 1))
+    async def measure(channel: Channel) -> None:
+        def receive(data: bytes) -> None:
+            got.append(len(data))
+            channel.send_nowait(b"{}")
+
+        await channel.run(receive)
+
+    async with open_pair(measure, noise=noise) as pair, open_client(pair) as client:
+        with pytest.raises(MessageTooLong):
+            client.stream.send_nowait(b"{" + bytes(long) + b"}")  # nobody has agreed on anything yet
         client.stream.send_nowait(message(1))
         await client.wait_for(1)
+        if noise:
+            with pytest.raises(MessageTooLong):
+                client.stream.send_nowait(bytes(long))
+        else:
+            client.stream.send_nowait(bytes(long))
+        client.stream.send_nowait(message(2))
+        if noise:
+            await client.wait_for(2)
+        else:  # the executor has a limit of its own, which ends the stream
+            with pytest.raises(ConnectionLost, match="reset"):
+                await client.wait_for(3)
+        assert long not in got
+
+
+async def test_way_that_loses_everything_without_an_end_is_left(autojump_clock: MockClock) -> None:
+    async with open_pair(echo, noise=True) as pair, open_client(pair) as client:
+        client.stream.send_nowait(message(1))
+        await client.wait_for(1)
+        told: list[float] = []
+        client.stream.on_interrupted = lambda: told.append(trio.current_time())
+        pair.rendezvous.watch = lambda way, frame: bool(told)
+        began = trio.current_time()
+        client.stream.send_nowait(message(2))
+        await client.wait_for(2)
+        assert told
+        assert 2 * STALL <= told[0] - began < 2 * STALL + 5
 
 
 # A released program at the other end: no acknowledgements.

@@ -16,7 +16,7 @@ from execenv.relay.frames import Data, Frame, Handshake, InvalidFrame, Resume
 from execenv.relay.keys import PublicKey
 from execenv.relay.noise import Identity, Initiator, NoiseFailed, prologue
 from execenv.relay.registry import Bundle, Registry, RegistryFailed, open_registry, registry_pause
-from execenv.relay.reliable import Reliable, StreamBroken, Window
+from execenv.relay.reliable import STALL, Reliable, StreamBroken, Window
 from execenv.relay.streams import Cipher, RelaySocket, RelayStream
 from execenv.targets import RelayTarget, WebsocketTarget, shown_registry, shown_url
 from execenv.transports import websocket
@@ -238,6 +238,15 @@ class HarnessStream(RelayStream):
         super()._data(data)
 
     # Bursts. An end that acknowledges holds us back by that.
+
+    def _stalled(self) -> None:
+        if self._asked and self._running is not None:
+            # Asked before, and nothing came: what is between loses frames without an end of its socket.
+            channel = self._running.channel
+            channel.loss = f"nothing was acknowledged within {2 * STALL:g} s"
+            channel.close_nowait()
+        else:
+            super()._stalled()
 
     def _must_wait(self) -> bool:
         if self._burst < BURST or self._reliable is not None:

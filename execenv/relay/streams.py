@@ -215,7 +215,8 @@ class RelayStream(Channel):
         self._queue(parts)
 
     def _check_length(self, size: int) -> None:
-        if size > DEFAULT_MAX_MESSAGE and self._encrypts:
+        # Noise has that limit, and so has whoever takes a message in one frame, the relay to begin with.
+        if size > DEFAULT_MAX_MESSAGE and not self._segments:
             raise MessageTooLong(
                 f"a message of {size} bytes cannot go through a relay: the limit is {DEFAULT_MAX_MESSAGE}; "
                 "ask for less at a time"
@@ -519,7 +520,11 @@ class RelayStream(Channel):
             if self._reliable.ack_due(now):
                 self._send_control(Ack())
             if self._reliable.stalled(now):
-                self._ask()
+                self._stalled()
+
+    def _stalled(self) -> None:
+        """Nothing was acknowledged for long."""
+        self._ask()
 
     def _say_goodbye(self) -> None:
         if not self._closed and not self._said_goodbye:

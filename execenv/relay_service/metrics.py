@@ -24,6 +24,8 @@ class Metrics:
         self.links = 0
         self.waiting = 0
         """Bytes that wait for a slow harness, beside those that its websocket has."""
+        self.unfinished = 0
+        """Bytes of frames whose end has not arrived."""
         self.authentications_failed = 0
         self.refusals: Counter[str] = Counter()
         self.requests: Counter[tuple[str, int]] = Counter()
@@ -31,7 +33,7 @@ class Metrics:
     def text(self, table: Table) -> str:
         """The exposition format, version 0.0.4."""
         roles = Counter(entry.role for entry in table)
-        queued = self.waiting + sum(entry.queued() for entry in table)
+        queued = self.waiting + self.unfinished + sum(entry.queued() for entry in table)
         lines: list[str] = []
 
         def add(name: str, kind: str, text: str, values: Iterable[tuple[str, int]]) -> None:
@@ -46,7 +48,12 @@ class Metrics:
             [(f'{{role="{role}"}}', roles[role]) for role in ("executor", "harness")],
         )
         add("links", "gauge", "Harnesses that are tied to an executor here.", [("", self.links)])
-        add("queue_bytes", "gauge", "Bytes that wait to be sent.", [("", queued)])
+        add(
+            "queue_bytes",
+            "gauge",
+            "Bytes that wait to be sent, or for the rest of their frame.",
+            [("", queued)],
+        )
         to_executor, to_harness = '{direction="to_executor"}', '{direction="to_harness"}'
         add(
             "frames_total",

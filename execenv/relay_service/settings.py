@@ -32,6 +32,8 @@ class Settings:
         max_noise_frame, max_clear_frame: the largest frame, by what the executor has registered for.
         harness_queue: what may wait for a harness that reads slowly before its executor is held up.
         node_queue: the same, for all harnesses of this node together.
+        node_unfinished: of frames whose end has not arrived, for all sockets of this node together. Who then
+            sends more of one is cut.
         patience: seconds that an executor may be held up by one harness, before that is cut.
         token_rate, token_burst: requests with a token for an environment, per second and at once. Not with a
             token for all of them together: after a restart of the relay all executors come at once, and a
@@ -62,6 +64,7 @@ class Settings:
     max_clear_frame: int = DEFAULT_MAX_MESSAGE + 64 * 1024
     harness_queue: int = 16 * 1024 * 1024
     node_queue: int = 512 * 1024 * 1024
+    node_unfinished: int = 256 * 1024 * 1024
     patience: float = 10.0
     token_rate: float = 10.0
     token_burst: float = 200.0

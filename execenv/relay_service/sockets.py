@@ -31,6 +31,7 @@ FOREIGN = "stream_of_another_harness"
 TOO_MANY_STREAMS = "too_many_streams"
 
 GOING_AWAY = 1012
+TOO_MUCH_UNFINISHED = (1013, "the relay holds too much of frames that have no end yet")
 REPLACED = (4409, "replaced by a newer executor")
 
 EXECUTOR_GONE = "the executor has disconnected"
@@ -54,6 +55,7 @@ class RelaySocket(ABC):
         self._started = trio.Event()
         self._early: list[bytes] = []
         self._close: tuple[int, str] | None = None
+        self._unfinished = 0
         self.bytes_in = 0
         self.bytes_out = 0
 
@@ -105,14 +107,32 @@ class RelaySocket(ABC):
     async def run(self, channel: WebsocketChannel) -> None:
         """Move frames until the websocket ends."""
         self._channel = channel
-        channel.hold_reading = self._hold
+        channel.hold_reading = self._after_reading
         early, self._early = self._early, []
         for frame in early:
             channel.send_nowait(frame)
         self._started.set()
         if self._close is not None:
             channel.close_nowait(*self._close)
-        await channel.run(self._receive)
+        try:
+            await channel.run(self._receive)
+        finally:
+            self._count_unfinished(0)
+
+    async def _after_reading(self) -> None:
+        assert self._channel is not None
+        unfinished = self._channel.unfinished
+        if unfinished or self._unfinished:
+            self._count_unfinished(unfinished)
+            settings = self._settings
+            # Clear text has frames of any size, and who begins many and ends none would fill the memory.
+            if self._metrics.unfinished > settings.node_unfinished and unfinished > settings.max_noise_frame:
+                self.close(*TOO_MUCH_UNFINISHED)
+        await self._hold()
+
+    def _count_unfinished(self, size: int) -> None:
+        self._metrics.unfinished += size - self._unfinished
+        self._unfinished = size
 
     def end(self) -> None:
         """Let go of all who wait for a websocket that never was, or has ended."""

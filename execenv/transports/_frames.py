@@ -247,6 +247,11 @@ class FrameCodec:
         events.append(Text() if self._binary and self._is_text else message)
 
     @property
+    def unfinished(self) -> int:
+        """Bytes that are kept of a message whose end has not arrived."""
+        return self._size - self._left
+
+    @property
     def _opcode(self) -> int:
         return _BINARY if self._binary else _TEXT
 

@@ -129,6 +129,11 @@ class WebsocketChannel(Pump):
         self._bytes_read = 0  # of those, at least; the pong to a ping behind them tells
         self._sent_before_ping: int | None = None  # the oldest one that was not answered
 
+    @property
+    def unfinished(self) -> int:
+        """Bytes that are kept of a message whose end has not arrived."""
+        return self._codec.unfinished
+
     def hear(self) -> None:
         """Something has arrived, whatever it is."""
         if self._heard is not None:

@@ -6,13 +6,14 @@ import json
 import logging
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pytest
 import trio
 
+from execenv.errors import ConnectionLost
 from execenv.relay import frames
 from execenv.relay.frames import Ack, Data, Frame, Handshake, Heartbeat, Reset, Resume
 from execenv.relay_service.front import REJECTION
@@ -718,3 +719,35 @@ async def test_no_secret_is_in_any_log(tmp_path: Path, caplog: pytest.LogCapture
     assert '"event":"disconnect"' in text
     for secret in secrets:
         assert secret not in text
+
+
+async def test_frames_that_never_end_do_not_fill_the_memory(tmp_path: Path) -> None:
+    """In clear text a frame may have 64 MiB, of which all that has arrived is kept."""
+    mib = 1024 * 1024
+    async with open_relay(tmp_path, node_unfinished=4 * mib) as relay:
+        executor = await relay.executor()
+        greedy = [await relay.harness() for _ in range(3)]
+        modest = await relay.harness()
+        async with trio.open_nursery() as nursery:
+
+            async def begin_and_never_end(client: Client) -> None:
+                with suppress(ConnectionLost):
+                    async with client.channel.open_message() as send:
+                        for _ in range(3):
+                            await send(bytes(mib))
+                        await trio.sleep_forever()
+
+            for client in greedy:
+                nursery.start_soon(begin_and_never_end, client)
+            ends = trio.Event()
+
+            async def wait_for_an_end(client: Client) -> None:
+                assert await client.end() == 1013
+                ends.set()
+
+            for client in greedy:
+                nursery.start_soon(wait_for_an_end, client)
+            await ends.wait()
+            modest.send("s", Data(0, b"still here"))
+            assert await executor.receive() == Frame("s", Data(0, b"still here"))
+            nursery.cancel_scope.cancel()
