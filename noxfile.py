@@ -56,9 +56,14 @@ def interop(session: nox.Session) -> None:
 
 @nox.session
 def soak(session: nox.Session) -> None:
-    """10,000 lost connections, or `-- --cuts N --seed SEED`: nothing lost, nothing twice, no wrong word."""
+    """10,000 lost connections, or `-- --cuts N --seed SEED`: nothing lost, nothing twice, no wrong word.
+
+    Without words, then a relay whose parts are killed; `python -m tests.relay_chaos -h` for more of that.
+    """
     install(session, "test")
     session.run("python", "-m", "tests.soak", *session.posargs)
+    if not session.posargs:
+        session.run("python", "-m", "tests.relay_chaos")
 
 
 @nox.session

@@ -37,6 +37,8 @@ CLEAR_PROFILE = "clear_relay_v1"
 ROLES: Mapping[str, Role] = {"register": "executor", "connect": "harness", "validate": "executor"}
 """The operations, and who may ask for each."""
 MAX_AUTHORIZATION = 4096  # relay.md §4.5
+KEY_AGE = 0.1
+"""Seconds in which the store is not asked again for the key that URLs are signed with."""
 
 Clock = Callable[[], float]
 
@@ -74,10 +76,22 @@ class Gate:
         self._requests = Buckets(settings.token_rate, settings.token_burst, settings.max_buckets)
         self._failures = Buckets(settings.failure_rate, settings.failure_burst, settings.max_buckets)
         self._signing_key = b""
+        self._signing_key_at = -math.inf
 
-    async def signing_key(self) -> bytes:
-        """What URLs are signed with. The store is asked once: who guesses at URLs makes it no work."""
-        self._signing_key = self._signing_key or await self._store.signing_key()
+    async def signing_key(self, known: bytes = b"") -> bytes:
+        """What URLs are checked with. The store is asked seldom: who guesses at URLs makes it no work.
+
+        Args:
+            known: one that a URL does not fit: the store may have lost it, and have another one since.
+        """
+        if self._signing_key == known and self._clock() >= self._signing_key_at + KEY_AGE:
+            await self.newest_signing_key()
+        return self._signing_key
+
+    async def newest_signing_key(self) -> bytes:
+        """What URLs are signed with: another node may have only just begun, and know no other."""
+        self._signing_key = await self._store.signing_key()
+        self._signing_key_at = self._clock()
         return self._signing_key
 
     async def admit(self, caller: Caller, authorization: bytes | None) -> TokenRecord:
@@ -278,7 +292,7 @@ class Registry:
             math.ceil(self._clock() + ttl),
             new_nonce(),
         )
-        query = signed_query(ticket, await self._gate.signing_key())
+        query = signed_query(ticket, await self._gate.newest_signing_key())
         return self._settings.rendezvous_url(registration.environment_id, query)
 
 

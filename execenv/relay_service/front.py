@@ -39,6 +39,9 @@ logger = getLogger(__name__)
 REJECTION = "x-codex-rendezvous-rejection-reason"
 TOKEN_GONE = (1008, "its token is no longer valid")
 ENDING = (1012, "the relay ends")
+UNREGISTERED = (1012, "the relay has lost its registration")
+LOOK_UPS = 500
+"""Registrations of connected executors that are looked for in one sweep."""
 DISCARDED = 256 * 1024
 """Bytes of a request that is refused before its end, which are read so that the answer is."""
 DISCARD_TIME = 1.0
@@ -90,6 +93,7 @@ class Node:
         self._silent: dict[trio.CancelScope, float] = {}  # whose request is not there yet, and since when
         self._refusals = Buckets(settings.failure_rate, settings.failure_burst, settings.max_buckets)
         self._accepting = trio.CancelScope()
+        self._to_look_up: list[Entry] = []
 
     async def run(self, listener: trio.SocketListener) -> None:
         """Serve until `stop`, and until the last socket has ended then."""
@@ -111,7 +115,7 @@ class Node:
             await self.sweep()
 
     async def sweep(self) -> None:
-        """End the sockets whose token was revoked, or has expired."""
+        """End the sockets whose token was revoked, or has expired, and executors' that nobody can look up."""
         entries = tuple(self._table)  # before the store is asked: what comes later has a token that it knew
         if not entries:
             return
@@ -125,6 +129,19 @@ class Node:
             token = known.get(entry.token_id)
             if token is None or not is_current(token, now):
                 entry.close(*TOKEN_GONE)
+        await self._sweep_registrations()
+
+    async def _sweep_registrations(self) -> None:
+        """Some executors at a time, as each has to be asked for."""
+        if not self._to_look_up:
+            self._to_look_up = [entry for entry in self._table if entry.role == "executor"]
+        some, self._to_look_up = self._to_look_up[:LOOK_UPS], self._to_look_up[LOOK_UPS:]
+        try:
+            for entry in some:
+                if await self._store.registration(entry.environment_id) is None:
+                    entry.close(*UNREGISTERED)  # its URL is not taken then, so that it registers again
+        except StoreUnavailable as error:
+            logger.warning("the store cannot be asked which executors are registered: %s", error)
 
     async def _serve_one(self, stream: trio.SocketStream) -> None:
         async with stream:

@@ -57,7 +57,12 @@ class Rendezvous:
         try:
             if query == LEGACY_QUERY:
                 return None
-            return read_ticket(caller.environment, query, await self._gate.signing_key())
+            key = await self._gate.signing_key()
+            try:
+                return read_ticket(caller.environment, query, key)
+            except BadTicket:
+                key = await self._gate.signing_key(known=key)
+                return read_ticket(caller.environment, query, key)
         except BadTicket as error:
             raise self._gate.failed(caller, Denied(403, "invalid_signature", str(error))) from None
 

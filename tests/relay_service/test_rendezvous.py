@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -17,6 +18,7 @@ from execenv.relay import frames
 from execenv.relay.frames import Ack, Data, Frame, Handshake, Heartbeat, Reset, Resume
 from execenv.relay_service.front import REJECTION
 from execenv.relay_service.sockets import DISCONNECTED, FOREIGN, TOO_MANY_STREAMS
+from tests.relay_service.redis_server import RedisServer
 from tests.relay_service.relays import (
     BOX,
     UPGRADE,
@@ -480,6 +482,34 @@ async def test_sockets_of_an_expired_token_end(tmp_path: Path) -> None:
         assert not harness.ended.is_set()
         relay.clock.now += 0.1
         assert await harness.end() == 1008
+
+
+# A store that has lost something.
+
+
+async def test_node_takes_urls_that_another_one_has_signed_with_a_newer_key(
+    tmp_path: Path, redis: RedisServer
+) -> None:
+    async with open_relay(tmp_path, redis.url, sweep_interval=1000) as relay:
+        await relay.executor()  # the first node knows a key now, the other one none
+        redis.flush()
+        relay.clock.now += 1
+        relay.ports.reverse()
+        token = await new_token(relay.store, "executor")
+        url = (await relay.request("register", token)).json["url"]
+        relay.ports.reverse()
+        assert not (await relay.open(url.replace(f":{relay.ports[1]}/", f":{relay.port}/"))).ended.is_set()
+        assert (await relay.metrics())['sockets{role="executor"}'] == 1
+
+
+async def test_executor_whose_registration_is_lost_is_to_register_again(tmp_path: Path) -> None:
+    async with open_relay(tmp_path, sweep_interval=0.05) as relay:
+        executor, other = await relay.executor(), await relay.executor(environment_id="other")
+        with closing(sqlite3.connect(tmp_path / "relay.sqlite3")) as database:
+            database.execute("DELETE FROM registrations WHERE environment_id = ?", (BOX,))
+            database.commit()
+        assert await executor.end() == 1012
+        assert not other.ended.is_set()
 
 
 async def test_end_of_the_relay_is_a_service_restart_for_all(relay: Relay) -> None:
