@@ -13,7 +13,7 @@ node that was away can't take it back. A presence counts only while its node is 
 from __future__ import annotations
 
 import secrets
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from logging import getLogger
@@ -37,7 +37,7 @@ from execenv.relay_service.crossing import (
     unpack_count,
 )
 from execenv.relay_service.exchange import Accept, Exchange, ExecutorPresence, Link, LinkEnd, Offline
-from execenv.relay_service.exchange_local import EXECUTOR_GONE, HARNESS_GONE, LocalExchange, Seat
+from execenv.relay_service.exchange_local import EXECUTOR_GONE, HARNESS_GONE, REPLACED, LocalExchange, Seat
 from execenv.relay_service.store import StoreUnavailable
 
 if TYPE_CHECKING:
@@ -179,6 +179,7 @@ class RedisExchange(Exchange):
         self._claims: dict[str, _Claim] = {}
         self._claiming: set[_Claiming] = set()
         self._peers: dict[str, _Peer] = {}
+        self._outward: defaultdict[str, set[Crossing]] = defaultdict(set)  # of harnesses here, by environment
         self._links = 0
         self._trimmed = Wakeup()
         self._begin()
@@ -265,6 +266,10 @@ class RedisExchange(Exchange):
             return
         self._claims[environment_id] = claim
         self._local.take_seat(claim.seat)
+        # The one elsewhere that harnesses here were tied to is not it any more. Its node would say so; but it
+        # may be here because that one has died, which is noticed only by its silence.
+        for crossing in tuple(self._outward.get(environment_id, ())):
+            crossing.cut_and_tell(REPLACED)
 
     def _release(self, environment_id: str, claim_id: str) -> None:
         async def release() -> None:
@@ -290,9 +295,13 @@ class RedisExchange(Exchange):
                 yield link
             return
         crossing = await self._cross(environment_id, end)
+        self._outward[environment_id].add(crossing)
         try:
             yield crossing
         finally:
+            self._outward[environment_id].discard(crossing)
+            if not self._outward[environment_id]:
+                del self._outward[environment_id]
             crossing.close(HARNESS_GONE)
 
     async def _cross(self, environment_id: str, end: LinkEnd) -> Crossing:

@@ -496,6 +496,26 @@ async def test_node_that_dies_is_noticed_and_overtaken(redis: RedisServer) -> No
                 assert (presence.registration_id, presence.node) == ("r2", "b")
 
 
+async def test_executor_that_comes_from_a_dead_node_ends_the_links_to_that_at_once(
+    redis: RedisServer,
+) -> None:
+    with trio.fail_after(LIMIT):
+        patient = evolve(QUICK, alive=1000)
+        async with open_node(redis, "b", patient) as (_, node), child_node(redis) as child:
+            end, other = PlayedEnd(), PlayedEnd()
+            async with node.harness("box", end) as link:
+                link.send(b"echo")
+                await end.wait_frames(1)
+                child.kill()
+                executor = PlayedExecutor()
+                async with node.executor("box", "r2", executor.accept, executor.replaced):
+                    assert await end.wait_closed() == "a newer executor has taken its place"
+                    async with node.harness("box", other) as again:
+                        again.send(b"here")
+                        assert await executor.ends[0].wait_frames(1) == [b"here"]
+                    assert not executor.lost.is_set()
+
+
 async def test_node_that_hangs_ends_its_links_when_it_wakes(redis: RedisServer) -> None:
     with trio.fail_after(LIMIT):
         async with open_node(redis, "b") as (_, node), child_node(redis) as child:
