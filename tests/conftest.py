@@ -14,6 +14,7 @@ import trio
 from attrs import define
 
 from execenv import Environment, SandboxProfile, open_environment
+from execenv._service import service
 from execenv.providers import NOISE_VARIABLES
 from execenv.remote.connection import open_remote
 from execenv.remote.session import Recovery
@@ -119,15 +120,26 @@ async def open_memory() -> AsyncIterator[tuple[Environment, MemoryChannel]]:
 @asynccontextmanager
 async def open_relayed() -> AsyncIterator[tuple[Environment, Pair]]:
     """A server in this process behind a relay in memory, encrypted from end to end."""
-    async with open_local_sessions() as sessions:
+    opened: list[Pair] = []
+    ready, stop = trio.Event(), trio.Event()
 
-        async def serve(channel: Channel) -> None:
-            await ServerConnection(channel, sessions, detachable=True).run()
+    async def serve_all() -> None:
+        async with open_local_sessions() as sessions:
 
-        async with open_pair(serve, noise=True) as pair:
-            recovery = Recovery()
-            async with open_remote(pair.dial, "relay", redial=True, recovery=recovery) as remote:
-                yield Environment(remote), pair
+            async def serve(channel: Channel) -> None:
+                await ServerConnection(channel, sessions, detachable=True).run()
+
+            async with open_pair(serve, noise=True) as pair:
+                opened.append(pair)
+                ready.set()
+                await stop.wait()
+
+    # As a server elsewhere, it is not cancelled with its client.
+    async with service(serve_all, stop=stop.set):
+        await ready.wait()
+        (pair,) = opened
+        async with open_remote(pair.dial, "relay", redial=True, recovery=Recovery()) as remote:
+            yield Environment(remote), pair
 
 
 @asynccontextmanager

@@ -728,6 +728,7 @@ async def test_help_lists_all_commands() -> None:
         "http",
         "info",
         "ls",
+        "relay",
         "run",
         "serve",
     ]

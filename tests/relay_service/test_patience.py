@@ -61,6 +61,7 @@ class PlayedChannel:
     hold_reading: Callable[[], Awaitable[None]] | None = None
     receive: Callable[[bytes], None] | None = None
     queued: int = 0
+    unfinished: int = 0
     congested: bool = False
     close_code: int | None = None
     sent: list[bytes] = field(factory=list)
