@@ -237,8 +237,6 @@ class HarnessStream(RelayStream):
             raise StreamBroken("data came before the handshake was done")
         super()._data(data)
 
-    # Bursts. An end that acknowledges holds us back by that.
-
     def _stalled(self) -> None:
         if self._asked and self._running is not None:
             # Asked before, and nothing came: what is between loses frames without an end of its socket.
@@ -247,6 +245,8 @@ class HarnessStream(RelayStream):
             channel.close_nowait()
         else:
             super()._stalled()
+
+    # Bursts. An end that acknowledges holds us back by that.
 
     def _must_wait(self) -> bool:
         if self._burst < BURST or self._reliable is not None:
