@@ -5,6 +5,8 @@ Needs nothing but nox. Environments are kept between runs; `nox -r no` builds th
 
 from __future__ import annotations
 
+import os
+
 import nox
 
 nox.needs_version = ">=2024.10.9"
@@ -13,6 +15,8 @@ nox.options.reuse_venv = "yes"
 nox.options.sessions = ["lint", "types", "tests", "examples"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
+# Files of tests, one more than there are processors: half of the time goes to waiting for processes.
+SIDE_BY_SIDE = ("-n", str(min((os.cpu_count() or 1) + 1, 4)), "--dist=loadfile")
 EVERYTHING = ".[httpx,httpx2,jwt,noise,redis,speedups]"
 
 
@@ -41,8 +45,7 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All tests that need nothing but Python, with branch coverage. Words behind `--` go to pytest."""
     install(session, "test")
-    # Files side by side: half of the time goes to waiting for processes.
-    whole = ("-n", "auto", "--maxprocesses=4", "--dist=loadfile", "--cov", "--cov-report=term")
+    whole = (*SIDE_BY_SIDE, "--cov", "--cov-report=term")
     session.run("pytest", "-m", "not interop", *(session.posargs or whole))
 
 
@@ -50,8 +53,7 @@ def tests(session: nox.Session) -> None:
 def interop(session: nox.Session) -> None:
     """Tests with a released codex, which npm gets unless it is there. EXECENV_REQUIRE_TOOLS=1: never skip."""
     install(session, "test")
-    whole = ("-n", "auto", "--maxprocesses=4", "--dist=loadfile")
-    session.run("pytest", "-m", "interop", "tests/interop", *(session.posargs or whole))
+    session.run("pytest", "-m", "interop", "tests/interop", *(session.posargs or SIDE_BY_SIDE))
 
 
 @nox.session

@@ -46,6 +46,12 @@ from execenv.transports.channel import Channel
 MOUNTS = Mounts()
 
 
+def unmeasured() -> dict[str, str]:
+    """Our environment for a program whose coverage is not measured, where others have it run the same and time
+    is what matters."""
+    return {name: value for name, value in os.environ.items() if name != "COVERAGE_PROCESS_CONFIG"}
+
+
 def python(code: str, *args: str) -> list[str]:
     """The command line that runs `code` in a Python that starts quickly."""
     return [sys.executable, "-I", "-S", "-c", dedent(code), *args]

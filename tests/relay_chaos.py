@@ -94,7 +94,7 @@ def _popen(argv: list[str], log: Path, env: Mapping[str, str]) -> subprocess.Pop
     with log.open("ab") as stderr:
         return subprocess.Popen(
             argv,
-            env={**os.environ, **env},
+            env=unmeasured() | dict(env),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=stderr,

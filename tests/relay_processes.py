@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from attrs import frozen
 
 from execenv.relay_service.store import Role
 from execenv.targets import RelayTarget, Security, WebsocketTarget
+from tests.fakes import unmeasured
 from tests.relay_proxy import RelayProxy, open_relay_proxy
 
 EXECENV = (sys.executable, "-m", "execenv")
@@ -56,7 +56,9 @@ def run_relay(folder: Path, *, proxied: bool = True) -> Iterator[RelayServer]:
             listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             argv += ["--public-url", f"http://127.0.0.1:{listening.getsockname()[1]}"]
         stderr = stack.enter_context((folder / "relay.log").open("wb"))
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr)
+        process = subprocess.Popen(
+            argv, env=unmeasured(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr
+        )
         assert process.stdout is not None
         try:
             url = process.stdout.readline().decode().strip()
@@ -87,7 +89,9 @@ def wait_for_executor(relay: RelayServer) -> None:
 
 def _token(store: str, role: Role) -> str:
     argv = [*EXECENV, "relay", "token", "create", "--environment", BOX, "--role", role, "--store", store]
-    return subprocess.run(argv, stdout=subprocess.PIPE, check=True, text=True).stdout.strip()
+    return subprocess.run(
+        argv, env=unmeasured(), stdout=subprocess.PIPE, check=True, text=True
+    ).stdout.strip()
 
 
 @frozen
@@ -141,7 +145,7 @@ async def open_executor(
             stderr=stderr,
             # A home of its own: what codex runs there are login shells, which may do anything in ours.
             env={
-                **os.environ,
+                **unmeasured(),
                 "HOME": str(relay.server.folder),
                 **(env or {}),
                 "EXECENV_API_KEY": relay.server.executor_token,

@@ -12,6 +12,8 @@ import trio
 from tests.relay_chaos import ONE_NODE, TWO_NODES, Pattern, Wrong, open_world, run_round
 from tests.relay_service.redis_server import require_redis
 
+pytestmark = pytest.mark.no_cover  # what these run is measured elsewhere, and they take their time
+
 MIB = 8
 SEED = 20
 REDIS = [kind for kind in TWO_NODES if kind.startswith("Redis")]

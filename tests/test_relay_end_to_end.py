@@ -14,6 +14,8 @@ from tests.relay_processes import Relay, RelayServer, open_executor, open_proxie
 from tests.relay_proxy import Leg, Way
 from tests.relay_scenarios import BEGINNINGS, check_everything, cuts, first, leave_marks, seen, work
 
+pytestmark = pytest.mark.no_cover  # what these run is measured elsewhere, and they take their time
+
 PAIRINGS = ("noise", "clear", "clear url")
 
 

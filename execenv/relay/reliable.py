@@ -20,6 +20,8 @@ WINDOW = 256
 """Frames that may be on the way, and frames that may be kept while an earlier one is missing."""
 WINDOW_BYTES = 2 * 1024 * 1024
 """Bytes that may be on the way. One frame more is sent when there are fewer."""
+MAX_PAYLOAD = 64 * 1024
+"""Bytes of a frame, of Noise or of a segment, at most."""
 ACK_EVERY = 32
 ACK_BYTES = 256 * 1024
 ACK_DELAY = 0.1
@@ -209,7 +211,7 @@ class Reliable:
         if data.seq > self._expected:
             if data.seq - self._expected > self._window:
                 raise StreamBroken(f"a frame is {data.seq - self._expected} ahead")
-            if self._early_bytes > self._window_bytes:
+            if self._early_bytes + len(data.payload) > self._window_bytes + MAX_PAYLOAD:
                 raise StreamBroken("too much is there ahead of a frame that is missing")
             self._early[data.seq] = data
             self._early_bytes += len(data.payload)
