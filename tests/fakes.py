@@ -47,8 +47,7 @@ MOUNTS = Mounts()
 
 
 def unmeasured() -> dict[str, str]:
-    """Our environment for a program whose coverage is not measured, where others have it run the same and time
-    is what matters."""
+    """Our environment, for a program whose coverage other tests measure in less time."""
     return {name: value for name, value in os.environ.items() if name != "COVERAGE_PROCESS_CONFIG"}
 
 

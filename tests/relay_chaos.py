@@ -36,6 +36,7 @@ from attrs import Factory, define, frozen
 from execenv import RelayTarget, open_environment
 from execenv.relay_service import tokens
 from execenv.relay_service.store import ANY_ENVIRONMENT, Store
+from tests.fakes import unmeasured
 
 MIB = 1 << 20
 BLOCK = 1 << 16
