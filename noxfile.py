@@ -16,7 +16,8 @@ nox.options.sessions = ["lint", "types", "tests", "examples"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 # Files of tests, one more than there are processors: half of the time goes to waiting for processes.
-SIDE_BY_SIDE = ("-n", str(min((os.cpu_count() or 1) + 1, 4)), "--dist=loadfile")
+# Those that take long begin first (tests/conftest.py), and not those with most tests.
+SIDE_BY_SIDE = ("-n", str(min((os.cpu_count() or 1) + 1, 4)), "--dist=loadfile", "--no-loadscope-reorder")
 EVERYTHING = ".[httpx,httpx2,jwt,noise,redis,speedups]"
 
 

@@ -32,6 +32,25 @@ KINDS = ("local", "memory", "stdio", "websocket", "relay")
 TIME_LIMIT = 30.0
 """Seconds for one contract test. Far more than any needs, also on a busy machine."""
 
+SLOW_FILES = (
+    "test_codex_relay",
+    "test_reference_server",
+    "test_relay_end_to_end",
+    "test_redis",
+    "test_relay_chaos",
+    "test_recipes",
+    "test_cli_remote",
+    "test_pure_codec",
+    "test_every_frame",
+)
+"""Files that take long for their number of tests. They begin first: nobody waits for them at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first = {name: rank for rank, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: first.get(item.path.stem, len(first)))
+
+
 SERVER_VARIABLES = {"CONTRACT_PLAIN": "plain", "CONTRACT_SECRET": "secret"}
 """In the environment of every environment: variables for policies to choose from."""
 
