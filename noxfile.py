@@ -15,9 +15,9 @@ nox.options.reuse_venv = "yes"
 nox.options.sessions = ["lint", "types", "tests", "examples"]
 
 PYPROJECT = nox.project.load_toml("pyproject.toml")
-# Files of tests, one more than there are processors: half of the time goes to waiting for processes.
+# Files of tests, two more than there are processors: half of the time goes to waiting for processes.
 # Those that take long begin first (tests/conftest.py), and not those with most tests.
-SIDE_BY_SIDE = ("-n", str(min((os.cpu_count() or 1) + 1, 4)), "--dist=loadfile", "--no-loadscope-reorder")
+SIDE_BY_SIDE = ("-n", str(min((os.cpu_count() or 1) + 2, 4)), "--dist=loadfile", "--no-loadscope-reorder")
 EVERYTHING = ".[httpx,httpx2,jwt,noise,redis,speedups]"
 
 
