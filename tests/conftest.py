@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -88,7 +89,10 @@ def nothing_configured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
             patch.delenv(name, raising=False)
         for name in NOISE_VARIABLES:
             patch.delenv(name, raising=False)
-        yield
+        # What sandboxes of other test runs of this user have claimed, and their lock, are not waited for.
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as runtime:
+            patch.setenv("XDG_RUNTIME_DIR", runtime)
+            yield
 
 
 @pytest.fixture(scope="session")
